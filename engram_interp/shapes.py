@@ -10,7 +10,8 @@ One letter means one thing in every annotation of this project, always in this o
 | `E` | Engram layers | `D` | width of one stream |
 | `N` | n-gram orders, 2 first | `V` | vocabulary |
 
-Lower-case words (`mem`, `rows`, `head`) name the remaining sizes where they occur. The annotations are executed in tests.
+Lower-case words (`mem`, `rows`, `head`) name the remaining sizes where they occur. The annotations are executed in
+tests.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Which tokens does the memory treat as the same word?
 
-Paper section 2.2, appendix C: a surjection P from the V token ids onto V' compressed ids, so that "The", " the" and "THE"
-address one row. The key of a token is its decoded text under NFKC, NFD, accents stripped, lower case, white space folded;
-ids are given in order of first appearance. Every hash multiplier depends on V', so a wrong map changes every address.
+Paper section 2.2, appendix C: a surjection P from the V token ids onto V' compressed ids, so that "The", " the" and
+"THE" address one row. The key of a token is its decoded text under NFKC, NFD, accents stripped, lower case, white space
+folded; ids are given in order of first appearance. Every hash multiplier depends on V', so a wrong map changes every
+address.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ The Engram module, equations 1 to 5 of arXiv 2601.07372 (v1) as its released cod
     u_t^(m)  = a_t^(m) v_t                                    `hook_gated_value`
     Y        = u + SiLU(Conv(RMSNorm(u)))                     `hook_conv_out`    eq. 5
 
-and the block adds Y to its streams before attention. Misleads: a gate of 0.5 is s = 0, "no evidence", not "half open"; the
-conv path sees RMSNorm(u), so it is not scaled by the gate and reaches t, t-dilation, t-2 dilation, ...
+and the block adds Y to its streams before attention. Misleads: a gate of 0.5 is s = 0, "no evidence", not "half open";
+the conv path sees RMSNorm(u), so it is not scaled by the gate and reaches t, t-dilation, t-2 dilation, ...
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ def gate_of_score(score: Float[Tensor, "*any"], form: GateForm) -> Float[Tensor,
     return torch.sigmoid(root * score.sign())
 
 
-def rms_normalise(x: Float[Tensor, "*any D"], gain: Float[Tensor, "*gain D"], eps: float | None) -> Float[Tensor, "*any D"]:
+def rms_normalise(
+    x: Float[Tensor, "*any D"], gain: Float[Tensor, "*gain D"], eps: float | None
+) -> Float[Tensor, "*any D"]:
     """RMSNorm over the last axis with a gain that broadcasts against it."""
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gain
@@ -73,8 +75,8 @@ def rms_normalise(x: Float[Tensor, "*any D"], gain: Float[Tensor, "*gain D"], ep
 class Engram(nn.Module):
     """One Engram layer: hash, table, branch keys, one shared value, gate, short convolution.
 
-    Parameters: `table.weight` [rows, head]; `value_proj` [D, mem]; `key_proj` [M*D, mem] branch-major; `key_norm`, `query_norm`,
-    `conv_norm` gains [M, D]; `conv` [M, D, kernel], last tap = current token.
+    Parameters: `table.weight` [rows, head]; `value_proj` [D, mem]; `key_proj` [M*D, mem] branch-major; `key_norm`,
+    `query_norm`, `conv_norm` gains [M, D]; `conv` [M, D, kernel], last tap = current token.
     """
 
     def __init__(self, ngram_hash: NgramHash, options: EngramOptions) -> None:
@@ -168,7 +170,7 @@ class EngramState:
     @classmethod
     def start(cls, layer: Engram, batch: int) -> EngramState:
         """The state before the first token."""
-        weight, options = layer.table.weight, layer.options
+        weight, options = layer.value_proj.weight, layer.options
         window = torch.full((batch, layer.ngram_hash.window), layer.ngram_hash.pad, device=weight.device)
         conv = weight.new_zeros(batch, layer.conv_history, options.branches, options.width)
         return cls(window, conv)
@@ -180,5 +182,5 @@ class EngramState:
     def extend_conv(self, normed: Float[Tensor, "B T M D"]) -> Float[Tensor, "B all M D"]:
         """Prepend the remembered conv inputs and keep the newest."""
         history = torch.cat([self.conv.to(normed.dtype), normed], dim=1)
-        self.conv = history[:, -self.conv.shape[1] :]
+        self.conv = history[:, normed.shape[1] :]
         return history

@@ -5,8 +5,8 @@ Paper eq. 1 as the released demo computes it. For the compressed ids x' and the 
     mix[t, n]     = x'[t] m[0]  XOR  x'[t-1] m[1]  XOR ... XOR  x'[t-n+1] m[n-1]        (int64)
     slot[t, n, k] = mix[t, n] mod M[n, k]                                               (M: distinct primes)
 
-All K heads of one order share the mix and differ in their prime alone. Multipliers are odd and below 2^63 / V', so no product
-overflows. Before the start of a text the window holds the pad id. Exact integers: a result is right or wrong.
+All K heads of one order share the mix and differ in their prime alone. Multipliers are odd and below 2^63 / V', so no
+product overflows. Before the start of a text the window holds the pad id. Exact integers: a result is right or wrong.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from engram_interp.shapes import Int64, Tensor
 
 MultiplierRule = Literal["pcg64", "splitmix64"]
 BoundaryRule = Literal["none", "reset"]
+WindowRule = Literal["aligned", "engram_peft_1_2"]
 
 _LAYER_STRIDE = 10007  # separates the random streams of different layers
 _MASK64 = 2**64 - 1
@@ -75,9 +76,11 @@ def _unused_primes(start: int, count: int, seen: set[int], nextprime) -> tuple[i
 class NgramHash:
     """The address of every n-gram in one Engram layer.
 
-    Fields: `token_map` is P; `multipliers[j]` belongs to the token j places back; `primes[n][k]` is the number of rows of head
-    k of order n+2; `pad` is the compressed id before a text; `boundary` "reset" empties the window after each `eos` (a compressed
-    id), filling it with `pad`, as Qwen does.
+    Fields: `token_map` is P; `multipliers[j]` belongs to the token j places back; `primes[n][k]` is the number of rows
+    of head k of order n+2; `pad` is the compressed id before a text; `boundary` "reset" empties the window after each
+    `eos` (a compressed id), filling it with `pad`, as Qwen does. `window_rule` "engram_peft_1_2" is what that program
+    computes: multipliers go to the oldest token first, and every order's window starts at t-N+1, so orders below the
+    largest do not read the current token.
     """
 
     vocabulary: CompressedVocabulary
@@ -86,6 +89,7 @@ class NgramHash:
     pad: int
     boundary: BoundaryRule = "none"
     eos: int | None = None
+    window_rule: WindowRule = "aligned"
     _constants: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -99,6 +103,8 @@ class NgramHash:
             raise ValueError(f"expected the same number of heads in every order, found {[len(r) for r in self.primes]}")
         if self.boundary == "reset" and self.eos is None:
             raise ValueError("boundary 'reset' needs the compressed id of the token that ends a text, found eos=None")
+        if self.boundary == "reset" and self.window_rule != "aligned":
+            raise ValueError(f"expected window_rule 'aligned' with boundary 'reset', found {self.window_rule!r}")
 
     @property
     def orders(self) -> tuple[int, ...]:
@@ -114,6 +120,14 @@ class NgramHash:
     def window(self) -> int:
         """Tokens back that an address can depend on, the current one not counted."""
         return len(self.multipliers) - 1
+
+    def lag_of_multiplier(self, index: int) -> int:
+        """How many tokens back multiplier `index` is applied; an order n uses multipliers 0 to n-1."""
+        return index if self.window_rule == "aligned" else self.window - index
+
+    def lags(self, order: int) -> tuple[int, ...]:
+        """How far back the tokens lie that address a head of this order, ascending."""
+        return tuple(sorted(self.lag_of_multiplier(index) for index in range(order)))
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -147,7 +161,9 @@ class NgramHash:
                 )
         return self._on(tokens.device)[0][tokens]
 
-    def mix(self, compressed: Int64[Tensor, "B T"], before: Int64[Tensor, "B W"] | None = None) -> Int64[Tensor, "B T N"]:
+    def mix(
+        self, compressed: Int64[Tensor, "B T"], before: Int64[Tensor, "B W"] | None = None
+    ) -> Int64[Tensor, "B T N"]:
         """The 63-bit mix of every order, before the modulus.
 
         Args: before: the compressed ids just before the text (decoding); None means the text starts here.
@@ -160,7 +176,8 @@ class NgramHash:
         if self.boundary == "reset":
             shifted = [self._shift_within_segment(history, j) for j in range(self.window + 1)]
         else:
-            shifted = [history[:, self.window - j : self.window - j + length] for j in range(self.window + 1)]
+            lags = [self.lag_of_multiplier(j) for j in range(self.window + 1)]
+            shifted = [history[:, self.window - lag : self.window - lag + length] for lag in lags]
         mix = shifted[0] * multipliers[0]
         mixes = []
         for j in range(1, self.window + 1):

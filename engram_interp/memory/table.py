@@ -1,7 +1,7 @@
 """What does a row hold, and how is it read?
 
-Paper eq. 2: one flat table for all orders and heads of a layer; the S rows a position addresses are concatenated, order-major,
-into its memory vector e_t of width `S * head`.
+Paper eq. 2: one flat table for all orders and heads of a layer; the S rows a position addresses are concatenated,
+order-major, into its memory vector e_t of width `S * head`.
 """
 
 from __future__ import annotations

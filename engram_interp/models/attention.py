@@ -56,6 +56,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
+        self.rotary: Tensor
         self.register_buffer("rotary", rotary_table(context, width // heads, theta), persistent=False)
         self.hook_q = HookPoint()
         self.hook_k = HookPoint()

@@ -1,8 +1,8 @@
 """What was recorded, and which parts make up the residual stream?
 
-TransformerLens's ActivationCache knows embedding, attention and MLP only; on an Engram model its decomposition silently lacks
-the memory's write. This one includes it and sums to the residual: with doubly stochastic stream mixing the mean over streams is
-an ordinary residual stream, to which every component adds a known amount.
+TransformerLens's ActivationCache knows embedding, attention and MLP only; on an Engram model its decomposition silently
+lacks the memory's write. This one includes it and sums to the residual: with doubly stochastic stream mixing the mean
+over streams is an ordinary residual stream, to which every component adds a known amount.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from transformer_lens import ActivationCache
@@ -19,11 +19,10 @@ from engram_interp.shapes import Float, Tensor
 
 if TYPE_CHECKING:
     from engram_interp.models.house import HouseModel
+    from engram_interp.models.streams import StreamConnection
 
 
-def matching_hooks(
-    known: Iterable[str], names: str | Sequence[str] | Callable[[str], bool] | None
-) -> list[str]:
+def matching_hooks(known: Iterable[str], names: str | Sequence[str] | Callable[[str], bool] | None) -> list[str]:
     """The hook names a filter selects, in model order.
 
     Raises: KeyError naming the first unmatched name or pattern and the hook points nearest to it.
@@ -75,7 +74,8 @@ class EngramCache(ActivationCache):
             if block.has_engram:
                 parts.append(self.model.reduce_streams(self[f"blocks.{i}.hook_engram_out"]))
                 labels.append(f"{i}_engram_out")
-            for part, connection in (("attn", block.attn_stream), ("mlp", block.mlp_stream)):
+            for part in ("attn", "mlp"):
+                connection = cast("StreamConnection", getattr(block, f"{part}_stream"))
                 parts.append(self[f"blocks.{i}.hook_{part}_out"] * connection.mean_post())
                 labels.append(f"{i}_{part}_out")
         stack = torch.stack(parts).detach()

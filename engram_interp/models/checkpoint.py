@@ -1,13 +1,13 @@
 """How is a model kept on disk, and how is it known to be the same one?
 
-A checkpoint is a directory: `config.json`, `model.safetensors`, `tokenizer.json`, a model card. Loading is strict in both
-directions and never unpickles: a missing, extra, misshaped or truncated tensor, or an unknown key, is an error that says so.
+A checkpoint is a directory: `config.json`, `model.safetensors`, `tokenizer.json`, a model card. Loading is strict in
+both directions and never unpickles: a missing, extra, misshaped or truncated tensor, or an unknown key, is an error
+that says so.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -33,8 +33,11 @@ class CheckpointError(ValueError):
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file, flush it to disk, then put it in place; on any failure the old file stays whole."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    """Let `write` fill a temporary file, flush it and put it in place; on any failure the old file stays whole."""
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise CheckpointError(f"{path}: not saved ({error})") from None
     os.close(handle)
     part = Path(name)
     try:
@@ -42,7 +45,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with part.open("rb") as written:
             os.fsync(written.fileno())
         part.chmod(0o644)
-        os.replace(part, path)
+        part.replace(path)
     except BaseException as error:
         part.unlink(missing_ok=True)
         if isinstance(error, OSError | SafetensorError):

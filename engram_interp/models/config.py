@@ -1,7 +1,8 @@
 """What is a house model made of?
 
-One strict description for the Engram model and its mixture-of-experts baseline: the baseline is the same configuration with
-`engram` absent and more routed experts, so that total parameters match and the work per token outside the memory read is equal.
+One strict description for the Engram model and its mixture-of-experts baseline: the baseline is the same configuration
+with `engram` absent and more routed experts, so that total parameters match and the work per token outside the memory
+read is equal.
 """
 
 from __future__ import annotations

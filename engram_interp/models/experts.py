@@ -1,9 +1,10 @@
 """Which experts does a token use, and what do they compute?
 
-Fine-grained mixture of experts: one shared SwiGLU expert, plus the top k of E routed ones weighted by their renormalised router
-probability. No token is ever dropped and no capacity is set, so a token's output does not depend on its batch. The routed
-product is one opaque operator with its own backward: rows are sorted by expert and multiplied slice by slice, so weight
-gradients are written in place (indexing a stacked parameter per expert would allocate a full-size zero gradient each time).
+Fine-grained mixture of experts: one shared SwiGLU expert, plus the top k of E routed ones weighted by their
+renormalised router probability. No token is ever dropped and no capacity is set, so a token's output does not depend on
+its batch. The routed product is one opaque operator with its own backward: rows are sorted by expert and multiplied
+slice by slice, so weight gradients are written in place (indexing a stacked parameter per expert would allocate a
+full-size zero gradient each time).
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from torch import nn
 from transformer_lens.hook_points import HookPoint
 
 from engram_interp.shapes import Float, Int64, Tensor
+
+# A matrix product of a few rows takes another code path than one of many, and its bits differ. Experts always see a
+# multiple of this many rows (zeros fill up), so that a token's output does not depend on which tokens share its expert.
+_ALIGN = 4
 
 
 def routed_swiglu_reference(
@@ -34,22 +39,40 @@ def _slices(indices: Tensor, experts: int) -> list[tuple[int, int, int]]:
     return [(e, s, t) for e, (s, t) in enumerate(zip([0, *ends], ends, strict=False)) if t > s]
 
 
-@torch.library.custom_op("engram_interp::routed_swiglu", mutates_args=())
+# Schemas are written out: torch would read them from annotations, which the tests' jaxtyping hook wraps.
+def _aligned(indices: Tensor, order: Tensor, experts: int) -> tuple[list[tuple[int, int, int]], Tensor]:
+    """Slices as `_slices`, each grown to a multiple of `_ALIGN` rows, and where in them every sorted row goes."""
+    counts = torch.bincount(indices.flatten(), minlength=experts)
+    grown = (counts + _ALIGN - 1).div(_ALIGN, rounding_mode="floor") * _ALIGN
+    ends = grown.cumsum(0)
+    shift = ends - grown - (counts.cumsum(0) - counts)
+    places = torch.arange(len(order), device=order.device) + shift[indices.flatten()[order]]
+    bounds = ends.tolist()
+    return [(e, s, t) for e, (s, t) in enumerate(zip([0, *bounds], bounds, strict=False)) if t > s], places
+
+
+@torch.library.custom_op(
+    "engram_interp::routed_swiglu",
+    mutates_args=(),
+    schema="(Tensor x, Tensor indices, Tensor weights, Tensor w_in, Tensor w_out) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 def _routed_swiglu(
     x: Tensor, indices: Tensor, weights: Tensor, w_in: Tensor, w_out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    k, width = indices.shape[1], w_out.shape[1]
+    k, width, experts = indices.shape[1], w_out.shape[1], len(w_in)
     order = indices.flatten().argsort(stable=True)
-    rows = x.index_select(0, order // k)
-    slices = _slices(indices, w_in.shape[0])
-    pre = x.new_empty(len(order), 2 * width)
+    slices, places = _aligned(indices, order, experts)
+    rows = x.new_zeros(len(order) + (_ALIGN - 1) * experts, x.shape[1])
+    rows.index_copy_(0, places, x.index_select(0, order // k))
+    pre = x.new_empty(len(rows), 2 * width)
     for e, s, t in slices:
         torch.mm(rows[s:t], w_in[e], out=pre[s:t])
     hidden = nn.functional.silu(pre[:, :width]) * pre[:, width:]
     routed = torch.empty_like(rows)
     for e, s, t in slices:
         torch.mm(hidden[s:t], w_out[e], out=routed[s:t])
-    by_token = routed.index_select(0, order.argsort())
+    by_token = routed.index_select(0, places[order.argsort()])
+    pre = pre.index_select(0, places)
     out = torch.einsum("nkd,nk->nd", by_token.view(-1, k, x.shape[1]), weights)
     return out, order, pre, by_token
 
@@ -60,7 +83,12 @@ def _(x, indices, weights, w_in, w_out):  # noqa: ANN001, ANN202
     return torch.empty_like(x), indices.new_empty(n), x.new_empty(n, w_in.shape[2]), x.new_empty(n, x.shape[1])
 
 
-@torch.library.custom_op("engram_interp::routed_swiglu_backward", mutates_args=())
+@torch.library.custom_op(
+    "engram_interp::routed_swiglu_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor indices, Tensor weights, Tensor w_in, Tensor w_out, "
+    "Tensor order, Tensor pre, Tensor by_token) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 def _routed_swiglu_backward(
     grad: Tensor,
     x: Tensor,
@@ -108,7 +136,9 @@ def _save_for_backward(ctx, inputs, output) -> None:  # noqa: ANN001
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, *_):  # noqa: ANN001, ANN202
+def _backward(ctx, grad, *_):  # noqa: ANN001, ANN002, ANN202
+    if grad is None:
+        return None, None, None, None, None
     grad_x, grad_weights, grad_w_in, grad_w_out = _routed_swiglu_backward(grad.contiguous(), *ctx.saved_tensors)
     return grad_x, None, grad_weights, grad_w_in, grad_w_out
 

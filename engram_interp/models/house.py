@@ -11,14 +11,14 @@ and one exit path `logits = unembed(norm(mean over streams))`, which the model a
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
-from torch import nn
 from tokenizers import Tokenizer
+from torch import nn
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
@@ -35,10 +35,11 @@ from engram_interp.models.attention import Attention, AttentionState
 from engram_interp.models.cache import EngramCache, matching_hooks
 from engram_interp.models.config import ModelConfig
 from engram_interp.models.experts import MixtureOfExperts
+from engram_interp.models.lock import ModelLock
 from engram_interp.models.protocol import ModelIdentity, NamesFilter
 from engram_interp.models.streams import StreamConnection
+from engram_interp.models.text import show_tokens
 from engram_interp.shapes import Float, Int64, Tensor
-
 
 
 class RMSNorm(nn.Module):
@@ -114,31 +115,12 @@ class DecodeState:
         return self.blocks[0].attention.seen
 
 
-class _ModelLock:
-    """A re-entrant lock that a copied model gets afresh."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    def __deepcopy__(self, memo: object) -> _ModelLock:
-        return _ModelLock()
-
-    def __reduce__(self) -> tuple[type[_ModelLock], tuple[()]]:
-        return _ModelLock, ()
-
-
 class HouseModel(HookedRootModule):
     """The house transformer.
 
-    `model(tokens)` gives logits [B, T, V]. `model.lock` is held by every forward and by whatever attaches hooks, so that two
-    threads never see each other's hooks. Texts are right-padded with `config.pad_id`; padding anywhere else is refused,
-    because pads enter n-gram windows and the convolution.
+    `model(tokens)` gives logits [B, T, V]. `model.lock` is held by every forward and by whatever attaches hooks, so
+    that two threads never see each other's hooks. Texts are right-padded with `config.pad_id`; padding anywhere else is
+    refused, because pads enter n-gram windows and the convolution.
     """
 
     def __init__(
@@ -153,9 +135,9 @@ class HouseModel(HookedRootModule):
         torch._dynamo.config.skip_nnmodule_hook_guards = False
         self.cfg = config
         self.vocabulary = vocabulary
-        self.tokenizer = tokenizer
+        self.tokenizer = cast("Tokenizer", tokenizer)  # None only where no text is read, as in training
         self.identity = identity or ModelIdentity(config.name, "", "not saved", "house")
-        self.lock = _ModelLock()
+        self.lock = ModelLock()
         memories = _build_memories(config, vocabulary)
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.hook_embed = HookPoint()
@@ -220,7 +202,7 @@ class HouseModel(HookedRootModule):
     ) -> tuple[Float[Tensor, "B T M D"], Float[Tensor, ""]]:
         """The streams after the last block, and the mean load-balance loss over blocks."""
         if not torch.compiler.is_compiling():
-            self._check_tokens(tokens, state.seen if state else 0)
+            self._check_tokens(tokens, state)
         embedded = self.hook_embed(self.embed(tokens))
         hidden = embedded.unsqueeze(2).expand(-1, -1, self.cfg.streams, -1)
         losses = []
@@ -250,7 +232,10 @@ class HouseModel(HookedRootModule):
         """The streams before block 0 and after every block, from one forward that stops before the exit."""
         records: list[Tensor] = []
         sites = [f"blocks.{i}.hook_resid_post" for i in range(self.layers)]
-        save = lambda value, hook: records.append(value)  # noqa: E731, ARG005
+
+        def save(value: Tensor, hook: HookPoint) -> None:
+            records.append(value)
+
         with self.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", save), *((site, save) for site in sites)]):
             self.streams(tokens)
         return records
@@ -270,24 +255,26 @@ class HouseModel(HookedRootModule):
         return torch.tensor([[self.cfg.bos_id, *ids]])
 
     def to_str_tokens(self, tokens: Int64[Tensor, " T"]) -> list[str]:
-        """Each token decoded by itself."""
-        tokenizer = self._require_tokenizer()
-        return [tokenizer.decode([int(token)], skip_special_tokens=False) for token in tokens]
+        """Each token by itself; byte fragments in hexadecimal."""
+        return show_tokens(self._require_tokenizer(), tokens.tolist())
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise ValueError("this model was built without a tokenizer; load a checkpoint or pass one")
         return self.tokenizer
 
-    def _check_tokens(self, tokens: Int64[Tensor, "B T"], seen: int) -> None:
-        length = tokens.shape[1]
+    def _check_tokens(self, tokens: Int64[Tensor, "B T"], state: DecodeState | None) -> None:
+        seen, length = (state.seen if state else 0), tokens.shape[1]
         if tokens.numel() == 0:
             raise ValueError("expected at least one token, found an empty text")
         if seen + length > self.cfg.context:
             raise ValueError(f"expected at most {self.cfg.context} tokens, found {seen + length}")
-        if int(tokens.max()) >= self.cfg.vocab_size or int(tokens.min()) < 0:
-            raise ValueError(f"expected token ids in [0, {self.cfg.vocab_size}), found {int(tokens.max())}")
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.cfg.vocab_size:
+            raise ValueError(f"expected token ids in [0, {self.cfg.vocab_size}), found {low if low < 0 else high}")
         pads = tokens == self.cfg.pad_id
+        if state and bool(pads.any()):
+            raise ValueError(f"expected no padding (id {self.cfg.pad_id}) while decoding: later tokens would read it")
         if bool((pads[:, :-1] & ~pads[:, 1:]).any()) or bool(pads[:, 0].any()):
             raise ValueError(
                 f"expected padding (id {self.cfg.pad_id}) only after the text; found it before a token. "
@@ -298,12 +285,8 @@ class HouseModel(HookedRootModule):
 
     def start_decoding(self, batch: int) -> DecodeState:
         """An empty state for `batch` texts."""
-        return DecodeState(
-            [
-                BlockState(engram=EngramState.start(block.engram, batch) if block.has_engram else None)
-                for block in self.blocks
-            ]
-        )
+        memories = {i: EngramState.start(self.engram(i), batch) for i in self.engram_layers}
+        return DecodeState([BlockState(engram=memories.get(i)) for i in range(self.layers)])
 
     @torch.no_grad()
     def generate(
@@ -314,12 +297,15 @@ class HouseModel(HookedRootModule):
         temperature: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> Int64[Tensor, "B T2"]:
-        """Continue texts of equal length by `new` tokens, greedily or sampled with a passed generator."""
+        """Continue texts of equal length by `new` tokens, greedily or sampled with a passed generator; never by
+        padding.
+        """
         if temperature > 0 and generator is None:
             raise ValueError("expected a torch.Generator to sample with, found None")
         state, step = self.start_decoding(len(tokens)), tokens
         for _ in range(new):
-            last = self(step, state)[:, -1]
+            last = self(step, state)[:, -1].clone()
+            last[:, self.cfg.pad_id] = -torch.inf
             if temperature > 0:
                 step = torch.multinomial((last / temperature).softmax(-1), 1, generator=generator)
             else:
@@ -350,8 +336,9 @@ class HouseModel(HookedRootModule):
     ) -> tuple[Float[Tensor, "B T V"], EngramCache]:
         """Logits and the recorded activations.
 
-        Args: names_filter: a hook name, a shell pattern (`blocks.*.hook_resid_post`), several of either, or a predicate;
-            None records everything. clone: copy each record, so that a later in-place write cannot change it.
+        Args: names_filter: a hook name, a shell pattern (`blocks.*.hook_resid_post`), several of either, or a
+            predicate; None records everything. clone: copy each record, so that a later in-place write cannot change
+            it.
         Raises: KeyError with near matches when a name matches no hook point.
         """
         records: dict[str, Tensor] = {}

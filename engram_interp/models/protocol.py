@@ -1,7 +1,7 @@
 """What must a model offer so that every probe can ask it questions?
 
-`Decoder` is enough for the lens and CKA; `MemoryModel` adds the memory. Adapters of other people's models implement these with
-the same hook names as the house model, so a probe never asks where a model came from.
+`Decoder` is enough for the lens and CKA; `MemoryModel` adds the memory. Adapters of other people's models implement
+these with the same hook names as the house model, so a probe never asks where a model came from.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NamesFilter = str | Sequence[str] | Callable[[str], bool] | None
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which model a result came from: its name, the SHA-256 of its weights, where it was opened, and what kind it is."""
+    """Which model a result came from: name, SHA-256 of the weights, where it was opened, what kind it is."""
 
     name: str
     weights_sha256: str
@@ -31,17 +31,44 @@ class ModelIdentity:
 
 
 @runtime_checkable
-class Decoder(Protocol):
-    """A causal language model that can be read layer by layer.
-
-    Residual sites: 0 is the embedding output, i is after block i; `layers + 1` of them. Streams are always an axis, M = 1 for
-    a plain residual.
-    """
+class TokenisedModel(Protocol):
+    """Enough to turn a text into ids: what a memory opened without its backbone can still do."""
 
     identity: ModelIdentity
     tokenizer: Tokenizer
-    hook_dict: Mapping[str, HookPoint]
-    lock: AbstractContextManager[None]
+
+    def to_tokens(self, text: str) -> Int64[Tensor, "1 T"]:
+        """Encode one text as the model was trained to see it."""
+        ...
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """A causal language model that can be read layer by layer.
+
+    Residual sites: 0 is the embedding output, i is after block i; `layers + 1` of them. Streams are always an axis, M =
+    1 for a plain residual.
+    """
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """Which model this is."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer the model was trained with."""
+        ...
+
+    @property
+    def hook_dict(self) -> Mapping[str, HookPoint]:
+        """Every hook point by name."""
+        ...
+
+    @property
+    def lock(self) -> AbstractContextManager[None]:
+        """Re-entrant; held by every forward and while hooks are attached."""
+        ...
 
     @property
     def layers(self) -> int:
@@ -79,6 +106,10 @@ class Decoder(Protocol):
         """The streams at every residual site, one forward."""
         ...
 
+    def reduce_streams(self, hidden: Float[Tensor, "B T M D"]) -> Float[Tensor, "B T D"]:
+        """The model's own read-out of its streams into one vector, before the final norm."""
+        ...
+
     def exit_hidden(self, hidden: Float[Tensor, "B T M D"]) -> Float[Tensor, "B T D"]:
         """What the unembedding reads: the model's own stream reduction, then its final norm."""
         ...
@@ -100,8 +131,8 @@ class Decoder(Protocol):
 
 @runtime_checkable
 class MemoryModel(Decoder, Protocol):
-    """A decoder with Engram layers, hooked as `blocks.{i}.hook_engram_out` and `blocks.{i}.engram.hook_{slots,embedding,key,
-    value,score,gate,gated_value,conv_out}`.
+    """A decoder with Engram layers, hooked as `blocks.{i}.hook_engram_out` and
+    `blocks.{i}.engram.hook_{slots,embedding,key, value,score,gate,gated_value,conv_out}`.
     """
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from engram_interp.models.checkpoint import CONFIG, CheckpointError, load_model
+from engram_interp.models.checkpoint import CONFIG, CheckpointError, load_config, load_model
 from engram_interp.models.house import HouseModel
 
 BUNDLED = ("mini-engram", "mini-moe", "mini-moe-control")
@@ -38,7 +38,9 @@ def find(name_or_path: str | Path) -> Path:
         return checkpoints_directory() / str(name_or_path)
     if (path / CONFIG).is_file():
         return path
-    raise CheckpointError(f"unknown model {str(name_or_path)!r}: expected {', '.join(BUNDLED)}, or a checkpoint directory")
+    raise CheckpointError(
+        f"unknown model {str(name_or_path)!r}: expected {', '.join(BUNDLED)}, or a checkpoint directory"
+    )
 
 
 def load(name_or_path: str | Path) -> HouseModel:
@@ -57,3 +59,17 @@ def load_pair(name: str = "mini") -> Pair:
     if name not in PAIRS:
         raise CheckpointError(f"unknown pair {name!r}: expected one of {', '.join(PAIRS)}")
     return Pair(*map(load, PAIRS[name]))
+
+
+def describe_bundled() -> list[dict[str, object]]:
+    """Name, one line of description, and size of every bundled model that is present."""
+    rows: list[dict[str, object]] = []
+    for name in BUNDLED:
+        config = load_config(find(name))
+        memory = f"Engram in blocks {list(config.engram.blocks)}" if config.engram else "no memory"
+        description = (
+            f"{config.layers} blocks, width {config.width}, {config.streams} streams, "
+            f"{config.routed_experts} routed experts, {memory}"
+        )
+        rows.append({"name": name, "description": description, "config": config.model_dump(mode="json")})
+    return rows

@@ -1,9 +1,10 @@
 """How do M residual streams carry one layer's input and output?
 
-Hyper-connections (the backbone of Engram, paper section 2.4) in their static, manifold-constrained form: a sublayer f reads
-`x = sum_m pre_m H_m` and writes `H <- R H + post f(x)`. R is a mixture of cyclic shifts, so it is doubly stochastic exactly
-(for M = 2 these are all such matrices). Hence the mean over streams is an ordinary residual stream: mixing leaves it alone and
-every write adds `mean(post) f(x)` to it, which is what makes the decomposition of the cache exact.
+Hyper-connections (the backbone of Engram, paper section 2.4) in their static, manifold-constrained form: a sublayer f
+reads `x = sum_m pre_m H_m` and writes `H <- R H + post f(x)`. R is a mixture of cyclic shifts, so it is doubly
+stochastic exactly (for M = 2 these are all such matrices). Hence the mean over streams is an ordinary residual stream:
+mixing leaves it alone and every write adds `mean(post) f(x)` to it, which is what makes the decomposition of the cache
+exact.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class StreamConnection(nn.Module):
             self.post_logits = nn.Parameter(torch.zeros(streams))
             self.mix_logits = nn.Parameter(mix)
             shift = (torch.arange(streams)[:, None] - torch.arange(streams)) % streams
+            self.shift: Tensor
             self.register_buffer("shift", shift, persistent=False)
 
     def pre(self) -> Float[Tensor, " M"]:

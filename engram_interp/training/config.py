@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TypeVar
 
@@ -9,7 +10,6 @@ import yaml
 from pydantic import Field, ValidationError
 
 from engram_interp.models.config import ModelConfig, StrictModel
-
 
 T = TypeVar("T", bound=StrictModel)
 
@@ -21,7 +21,8 @@ class ConfigError(ValueError):
 class TrainConfig(StrictModel):
     """A run. Paths are relative to the working directory; `tokens` counts trained positions.
 
-    `table_lr_factor` multiplies the learning rate of Engram tables, which have no weight decay (paper section 4.1: 5, 0).
+    `table_lr_factor` multiplies the learning rate of Engram tables, which have no weight decay (paper section 4.1: 5,
+    0).
     """
 
     model: ModelConfig
@@ -58,13 +59,22 @@ class TrainConfig(StrictModel):
         return -(-self.tokens // self.tokens_per_step)
 
 
+class _Yaml(yaml.SafeLoader):
+    """Safe YAML in which `3e-3` is a number, as in YAML 1.2 and JSON; PyYAML alone reads a string."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?$"), list("-+.0123456789")
+)
+
+
 def load_train_config(path: Path) -> TrainConfig:
     """Read a run from YAML.
 
     Raises: ConfigError naming the file and every bad or unknown key.
     """
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml)  # noqa: S506 - a safe loader
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

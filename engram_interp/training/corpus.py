@@ -1,8 +1,8 @@
 """How does text become the tokens a model trains on?
 
 JSON lines (plain or zstd) are streamed one document at a time, a byte-level BPE is learnt from them, and every document
-is encoded into one flat memory-mapped file of 16-bit ids. Documents end with `<eos>`; `<bos>` opens each training row, so
-that position 0 means the same thing in training and in use. Cost: one pass each; memory: one batch of documents.
+is encoded into one flat memory-mapped file of 16-bit ids. Documents end with `<eos>`; `<bos>` opens each training row,
+so that position 0 means the same thing in training and in use. Cost: one pass each; memory: one batch of documents.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 SPECIAL_TOKENS = ("<bos>", "<eos>", "<pad>")
 BOS_ID, EOS_ID, PAD_ID = range(3)
+_READ_BYTES = 2**17
 _WINDOW_BYTES = 2**27  # the shared corpora are packed with a 128 MiB zstd window
 
 
@@ -37,13 +38,49 @@ class Document:
     title: str
 
 
+class _ZstdFrames(io.RawIOBase):
+    """The bytes of a zstd file of any number of frames; a file that ends inside a frame is an error, not a short text."""
+
+    def __init__(self, path: Path) -> None:
+        self._chunks = _decompressed(path)
+        self._rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        while not self._rest and (chunk := next(self._chunks, None)) is not None:
+            self._rest = chunk
+        taken = self._rest[: len(buffer)]
+        self._rest = self._rest[len(buffer) :]
+        buffer[: len(taken)] = taken
+        return len(taken)
+
+    def close(self) -> None:
+        self._chunks.close()
+        super().close()
+
+
+def _decompressed(path: Path) -> Generator[bytes, None, None]:
+    import zstandard
+
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES)
+    frame = decompressor.decompressobj()
+    with path.open("rb") as file:
+        while chunk := file.read(_READ_BYTES):
+            while chunk:
+                if frame.eof:
+                    frame = decompressor.decompressobj()
+                yield frame.decompress(chunk)
+                chunk = frame.unused_data if frame.eof else b""
+    if not frame.eof:
+        raise EOFError("the file ends inside a zstd frame")
+
+
 def _open_text(path: Path) -> io.TextIOBase:
     if path.suffix != ".zst":
         return path.open(encoding="utf-8")
-    import zstandard
-
-    reader = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES).stream_reader(path.open("rb"), closefd=True)
-    return io.TextIOWrapper(reader, encoding="utf-8")
+    return io.TextIOWrapper(io.BufferedReader(_ZstdFrames(path), _READ_BYTES), encoding="utf-8")
 
 
 def read_jsonl(path: Path) -> Iterator[dict]:
@@ -65,7 +102,7 @@ def read_jsonl(path: Path) -> Iterator[dict]:
         raise
     except FileNotFoundError:
         raise CorpusError(f"{path}: no such file") from None
-    except Exception as error:  # zstandard.ZstdError, UnicodeDecodeError: both mean a damaged file
+    except Exception as error:  # noqa: BLE001 - zstandard.ZstdError, UnicodeDecodeError: both mean a damaged file
         raise CorpusError(f"{path}, after line {number}: {error}") from None
 
 
@@ -129,7 +166,8 @@ def write_token_file(
 ) -> TokenFileHeader:
     """Encode corpus files into `path` (uint16, little endian) and `path`.json; atomic.
 
-    Args: held_out: keep only held-out titles instead of only the others; limit: stop after this many tokens (at the end of a batch).
+    Args: held_out: keep only held-out titles instead of only the others; limit: stop after this many tokens (at the end
+        of a batch).
     Raises: CorpusError for a bad corpus line; ValueError when the vocabulary does not fit 16 bits.
     """
     from tqdm import tqdm
@@ -152,7 +190,7 @@ def write_token_file(
     header = TokenFileHeader(
         tokens, documents, tokenizer.get_vocab_size(), tokenizer_hash(tokenizer), tuple(p.name for p in paths)
     )
-    os.replace(part, path)
+    part.replace(path)
     _header_path(path).write_text(json.dumps(asdict(header), indent=2))
     return header
 
@@ -161,18 +199,26 @@ def _header_path(path: Path) -> Path:
     return path.with_suffix(path.suffix + ".json")
 
 
-def open_token_file(path: Path, tokenizer_sha256: str | None = None) -> tuple[UInt16[np.ndarray, " n"], TokenFileHeader]:
+def open_token_file(
+    path: Path, tokenizer_sha256: str | None = None
+) -> tuple[UInt16[np.ndarray, " n"], TokenFileHeader]:
     """Memory-map a token file and check it against its header.
 
-    Raises: CorpusError when the file is missing, its size disagrees with the header, or it was made by another tokenizer.
+    Raises: CorpusError when the file is missing, its size disagrees with the header, or it was made by another
+        tokenizer.
     """
     try:
-        header = TokenFileHeader(**json.loads(_header_path(path).read_text()))
+        fields = json.loads(_header_path(path).read_text(encoding="utf-8"))
+        header = TokenFileHeader(**fields | {"sources": tuple(fields["sources"])})
+        size = path.stat().st_size
     except FileNotFoundError:
         raise CorpusError(f"{path}: no token file here (make one with `engram-interp tokenize`)") from None
-    size = path.stat().st_size // 2
-    if size != header.tokens:
-        raise CorpusError(f"{path}: header says {header.tokens} tokens, the file holds {size}")
+    except (ValueError, TypeError, KeyError) as error:
+        raise CorpusError(f"{_header_path(path)}: not the header of a token file ({error})") from None
+    if size != 2 * header.tokens:
+        raise CorpusError(f"{path}: header says {header.tokens} tokens, the file holds {size / 2:g}")
     if tokenizer_sha256 is not None and header.tokenizer_sha256 != tokenizer_sha256:
-        raise CorpusError(f"{path}: made by another tokenizer (expected {tokenizer_sha256[:12]}, found {header.tokenizer_sha256[:12]})")
+        raise CorpusError(
+            f"{path}: made by another tokenizer, expected {tokenizer_sha256[:12]}, found {header.tokenizer_sha256[:12]}"
+        )
     return np.memmap(path, dtype="<u2", mode="r"), header

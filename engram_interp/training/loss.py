@@ -1,7 +1,8 @@
 """What does next-token prediction cost, without holding the logits?
 
-Mean cross-entropy of a tied unembedding, one chunk of rows at a time: a chunk's logits stay in the processor's cache, and its
-gradient is taken before the next chunk overwrites them. FLOPs as the plain version; memory one chunk instead of [n, V].
+Mean cross-entropy of a tied unembedding, one chunk of rows at a time: a chunk's logits stay in the processor's cache,
+and its gradient is taken before the next chunk overwrites them. FLOPs as the plain version; memory one chunk instead of
+[n, V].
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ def cross_entropy_reference(
     return torch.nn.functional.cross_entropy(hidden @ unembedding.T, targets)
 
 
-@torch.library.custom_op("engram_interp::chunked_cross_entropy", mutates_args=())
+# The schema is written out: torch would read it from annotations, which the tests' jaxtyping hook wraps.
+@torch.library.custom_op(
+    "engram_interp::chunked_cross_entropy",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor unembedding, Tensor targets) -> (Tensor, Tensor, Tensor)",
+)
 def _chunked(hidden: Tensor, unembedding: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     n = len(hidden)
     grad_hidden, grad_unembedding = torch.empty_like(hidden), torch.zeros_like(unembedding)
@@ -52,7 +58,9 @@ def _save_for_backward(ctx, inputs, output) -> None:  # noqa: ANN001
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, *_):  # noqa: ANN001, ANN202
+def _backward(ctx, grad, *_):  # noqa: ANN001, ANN002, ANN202
+    if grad is None:
+        return None, None, None
     grad_hidden, grad_unembedding = ctx.saved_tensors
     return grad_hidden * grad, grad_unembedding * grad, None
 

@@ -1,9 +1,9 @@
 """How is a house model trained so that two runs differ only by what they should?
 
-AdamW with a cosine schedule; Engram tables at `table_lr_factor` times the rate and without weight decay. A row of training data
-is `<bos>` and the next context-1 tokens; rows are visited in an order that depends on the seed alone, so every model of a seed
-sees the same tokens in the same order. The state (weights, moments, step) is saved atomically and a killed run resumes onto the
-same trajectory, bit for bit, on the same machine with the same thread count.
+AdamW with a cosine schedule; Engram tables at `table_lr_factor` times the rate and without weight decay. A row of
+training data is `<bos>` and the next context-1 tokens; rows are visited in an order that depends on the seed alone, so
+every model of a seed sees the same tokens in the same order. The state (weights, moments, step) is saved atomically and
+a killed run resumes onto the same trajectory, bit for bit, on the same machine with the same thread count.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jaxtyping import UInt16
 from tokenizers import Tokenizer
 
 from engram_interp.memory import CompressedVocabulary
-from engram_interp.models.checkpoint import read_tensors, save_model, save_tensors
+from engram_interp.models.checkpoint import read_tensors, save_model, save_tensors, write_atomically
 from engram_interp.models.house import HouseModel, initialise
 from engram_interp.shapes import Int64, Tensor
 from engram_interp.training.config import ConfigError, TrainConfig
@@ -48,6 +48,10 @@ class TokenRows:
         targets = torch.from_numpy(self.tokens[starts + np.arange(self.context)].astype(np.int64))
         bos = torch.full((len(indices), 1), BOS_ID)
         return torch.cat([bos, targets[:, :-1]], dim=1), targets
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
 
 
 def row_order(rows: int, needed: int, seed: int) -> np.ndarray:
@@ -149,7 +153,7 @@ class Trainer:
         path, text = self.config.out / RUN, self.config.model_dump_json(indent=2)
         if path.is_file() and path.read_text() != text:
             raise ConfigError(f"{path}: this directory holds a run with another configuration; choose another `out`")
-        path.write_text(text)
+        write_atomically(path, lambda part: _write(part, text))
 
     def _state(self) -> dict[str, Tensor]:
         state = {f"weight.{n}": p for p, n in self.names.items()}
@@ -183,8 +187,9 @@ class Trainer:
         """Drop what was logged after the saved state: those steps will be taken again."""
         path = self.config.out / METRICS
         if path.is_file():
-            kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= self.step]
-            path.write_text("".join(line + "\n" for line in kept))
+            whole = path.read_text().split("\n")[:-1]  # a kill can leave the last line unfinished
+            kept = "".join(line + "\n" for line in whole if json.loads(line)["step"] <= self.step)
+            write_atomically(path, lambda part: _write(part, kept))
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -202,6 +207,7 @@ class Trainer:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=False)
         self.step += 1
+        loss, balance = loss.detach(), balance.detach()
         return {"loss": float(loss), "balance": float(balance), "gradient_norm": float(norm), "learning_rate": rate}
 
     def _steps(self, limit: int | None) -> Iterator[int]:

@@ -1,0 +1,1 @@
+"""The Streamlit dashboard; `engram-interp app` runs `main.py` beside this file."""

@@ -1,0 +1,193 @@
+"""`engram-interp`: the command line. Every command is a thin call into the library; nothing heavy is imported for `--help`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import Positional, arg
+
+app = tyro.extras.SubcommandApp()
+
+Model = Annotated[str, arg(help="a bundled name (see `engram-interp models`) or a model directory")]
+
+
+def _print(*lines: object) -> None:
+    print(*lines, sep="\n")
+
+
+def _json(value: object) -> None:
+    import json
+
+    print(json.dumps(value, allow_nan=False))
+
+
+@app.command
+def models(*, json: bool = False) -> int:
+    """List the bundled models."""
+    from engram_interp.models.registry import describe_bundled
+
+    rows = describe_bundled()
+    if json:
+        _json(rows)
+    else:
+        _print(*(f"{row['name']:<18} {row['description']}" for row in rows))
+    return 0
+
+
+@app.command
+def gates(
+    model: Positional[Model],
+    *,
+    text: str | None = None,
+    file: Path | None = None,
+    out: Path | None = None,
+    json: bool = False,
+) -> int:
+    """Show where the memory speaks: every gate of every token, layer and branch.
+
+    Args:
+        model: A bundled name or a model directory.
+        text: The text to read.
+        file: Read the text from this file instead.
+        out: Write .html, .csv or .json here.
+        json: Print the record as JSON instead of coloured strips.
+    """
+    from engram_interp.models.registry import load
+    from engram_interp.probes.gates import read_gates
+
+    if (text is None) == (file is None):
+        raise ValueError("expected either --text or --file")
+    result = read_gates(load(model), text if text is not None else file.read_text(encoding="utf-8"))  # type: ignore[union-attr]
+    if out is not None:
+        result.write(out)
+    if json:
+        _json(result.as_dict())
+    elif out is None:
+        _show_gates(result)
+    return 0
+
+
+def _show_gates(result) -> None:  # noqa: ANN001
+    from rich.console import Console
+
+    from engram_interp.figures.strip import terminal_strips
+
+    console = Console(highlight=False)
+    console.print(f"{result.model}: gate of every token, dark 0 to bright 1; 0.5 means no evidence")
+    for label, line in terminal_strips(result.tokens, result.layers, result.gates):
+        console.print(f"\n{label}")
+        console.print(line)
+
+
+@app.command
+def check(
+    model: Positional[str | None] = None,
+    *,
+    vectors: Path | None = None,
+    tokenizer: Path | None = None,
+    recorded: Path | None = None,
+    base: Path | None = None,
+    json: bool = False,
+) -> int:
+    """Check that a model is what it claims to be, or the memory against a recorded run.
+
+    Args:
+        model: A bundled name or a model directory.
+        vectors: A recorded run of the published demo (path without suffix).
+        tokenizer: The tokenizer of the recorded run.
+        recorded: A recorded run of the given model (.npz).
+        base: The base model an adapter belongs to.
+        json: Print the report as JSON.
+    """
+    if vectors is not None:
+        from engram_interp.memory.recorded import run_vectors_check
+
+        if tokenizer is None:
+            raise ValueError("--vectors needs --tokenizer")
+        return run_vectors_check(vectors, tokenizer)
+    if model is None:
+        raise ValueError("expected a model, or --vectors and --tokenizer")
+    from engram_interp.models.check import run_check
+
+    return run_check(model, recorded=recorded, base=base, json=json)
+
+
+@app.command
+def tokenize(files: Positional[tuple[Path, ...]], *, out: Path, tokenizer: Path, vocab_size: int = 8192, held_out: bool = False) -> int:
+    """Turn corpus files (.jsonl, .jsonl.zst) into a token file; learn the tokenizer first if it does not exist.
+
+    Args:
+        files: Corpus files, one JSON object with a `text` per line.
+        out: The token file to write.
+        tokenizer: The tokenizer to use, or to learn from every 8th document.
+        vocab_size: Size of a tokenizer learnt here.
+        held_out: Keep the held-out titles instead of the training titles.
+    """
+    from tokenizers import Tokenizer
+
+    from engram_interp.training.corpus import is_held_out, read_documents, train_tokenizer, write_token_file
+
+    if not tokenizer.is_file():
+        sample = (d for i, d in enumerate(read_documents(files)) if i % 8 == 0 and not is_held_out(d.title))
+        train_tokenizer(sample, vocab_size).save(str(tokenizer))
+    header = write_token_file(out, files, Tokenizer.from_file(str(tokenizer)), held_out=held_out)
+    _print(f"{out}: {header.tokens} tokens of {header.documents} documents")
+    return 0
+
+
+@app.command
+def train(config: Positional[Path], *, speed: bool = False) -> int:
+    """Train a model from a YAML file; run again to resume.
+
+    Args:
+        config: The run (see experiments/configs/mini).
+        speed: Only measure how fast it trains here, one process per core, beside the machine's matrix-product rate.
+    """
+    from engram_interp.training.config import load_train_config
+
+    if speed:
+        from engram_interp.training.speed import measure_training_speed
+
+        _print(measure_training_speed(load_train_config(config), len(os.sched_getaffinity(0))))
+        return 0
+    from engram_interp.training.train import Trainer
+
+    result = Trainer(load_train_config(config)).run()
+    held_out = "" if result.held_out_loss is None else f", held-out loss {result.held_out_loss:.4f} nats per token"
+    _print(f"{result.directory}: {result.steps} steps{held_out}, {result.tokens_per_second:.0f} tokens per second")
+    return 0
+
+
+@app.command
+def demo(*, text: str = "Only Alexander the Great could tame the horse Bucephalus.") -> int:
+    """Show the bundled pair on the bundled gallery: gates at entities against the rest, and both models' loss.
+
+    Args:
+        text: The sentence whose gates are shown first.
+    """
+    from engram_interp.demo import run_demo
+
+    return run_demo(text)
+
+
+def main() -> None:
+    """Run a command; what a user can mend is one line on standard error and exit code 2."""
+    try:
+        sys.exit(app.cli(prog="engram-interp", description=__doc__))
+    except (ValueError, OSError, KeyError, ArithmeticError, NotImplementedError) as error:
+        if os.environ.get("ENGRAM_INTERP_TRACEBACK"):
+            raise
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"engram-interp: {' '.join(str(message).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("engram-interp: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

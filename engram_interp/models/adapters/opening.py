@@ -1,0 +1,88 @@
+"""What kind of model lies in this directory, and how is it opened?
+
+Recognised by `config.json` alone: a house checkpoint (`engram_interp` keys), `model_type` qwen4_exp or deepseek_v41, an
+engram-peft adapter (`model_type` engram, or its weight file), the published demo (an `engram` and a `backbone` section).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engram_interp.models.adapters import deepseek_v41, qwen4_exp
+from engram_interp.models.adapters.demo import CONFIG_SECTIONS, open_demo
+from engram_interp.models.adapters.engram_peft import WEIGHTS as PEFT_WEIGHTS
+from engram_interp.models.adapters.engram_peft import open_engram_peft
+from engram_interp.models.adapters.hooked import HookedMemory
+from engram_interp.models.adapters.qwen4_exp_memory import open_qwen4_exp_memory
+from engram_interp.models.adapters.tensors import AdapterError, read_json
+from engram_interp.models.checkpoint import CONFIG, load_model
+from engram_interp.models.config import ModelConfig
+from engram_interp.models.house import HouseModel
+from engram_interp.models.registry import BUNDLED, load
+
+WHOLE_MODEL_BYTES = 16 * 2**30  # checkpoints beyond this are not loaded whole unless asked to
+KINDS = ("house", "deepseek_v41", "qwen4_exp", "engram_peft", "demo")
+
+
+def kind_of(path: Path) -> str:
+    """One of `KINDS`.
+
+    Raises: AdapterError listing what was looked for.
+    """
+    if path.suffix == ".npz" and path.is_file():
+        return "demo"
+    if not (path / CONFIG).is_file():
+        raise AdapterError(f"{path}: expected a model directory with {CONFIG}, a demo recording (.npz), or one of {BUNDLED}")
+    values = read_json(path / CONFIG)
+    model_type = values.get("model_type")
+    if model_type in deepseek_v41.MODEL_TYPES:
+        return "deepseek_v41"
+    if model_type in qwen4_exp.MODEL_TYPES:
+        return "qwen4_exp"
+    if model_type == "engram" or (path / PEFT_WEIGHTS).is_file():
+        return "engram_peft"
+    if all(isinstance(values.get(section), dict) for section in CONFIG_SECTIONS):
+        return "demo"
+    if {"routed_experts", "active_experts"} <= values.keys() <= ModelConfig.model_fields.keys():
+        return "house"
+    if "engram_layer_ids" in values and "engram_num_embeddings" in values:  # the release's own inference/config.json
+        return "deepseek_v41"
+    raise AdapterError(
+        f"{path / CONFIG}: not a model with a memory that is known here (model_type {model_type!r}); looked for a house "
+        f"checkpoint (routed_experts, active_experts, no unknown key), model_type {'/'.join(deepseek_v41.MODEL_TYPES)}, "
+        f"model_type {'/'.join(qwen4_exp.MODEL_TYPES)}, an engram-peft adapter (model_type engram or {PEFT_WEIGHTS}), "
+        f"the demo (sections {' and '.join(CONFIG_SECTIONS)})"
+    )
+
+
+def open_model(
+    path: str | Path, *, base: str | Path | None = None, memory_only: bool | None = None
+) -> HouseModel | HookedMemory:
+    """Open a bundled model by name, or any recognised directory.
+
+    Args: base: the base model's directory, for an engram-peft adapter and nothing else. memory_only: of a qwen4_exp checkpoint,
+        open the memories without the model; None does so when its files exceed `WHOLE_MODEL_BYTES`.
+    Raises: CheckpointError (AdapterError) with one message that says what was expected and what was found.
+    """
+    if str(path) in BUNDLED and base is None:
+        return load(path)
+    path = Path(path)
+    kind = kind_of(path)
+    if (kind == "engram_peft") != (base is not None):
+        wanted = "the directory of the base model (--base)" if base is None else "no base model"
+        raise AdapterError(f"{path}: a model of kind {kind} needs {wanted}, found {base}")
+    if kind == "engram_peft":
+        return open_engram_peft(path, Path(base))  # type: ignore[arg-type]
+    if kind == "qwen4_exp" and (_is_large(path) if memory_only is None else memory_only):
+        return open_qwen4_exp_memory(path)
+    opener = {
+        "house": load_model,
+        "deepseek_v41": deepseek_v41.open_deepseek_v41,
+        "qwen4_exp": qwen4_exp.open_qwen4_exp,
+        "demo": open_demo,
+    }[kind]
+    return opener(path)
+
+
+def _is_large(path: Path) -> bool:
+    return sum(file.stat().st_size for file in path.glob("*.safetensors")) > WHOLE_MODEL_BYTES

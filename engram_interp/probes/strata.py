@@ -1,0 +1,136 @@
+"""Which tokens are alike enough to be averaged together?
+
+Masks over the tokens of one text, in one place so that every probe means the same by them:
+
+- `entity_final`: the last token of a marked entity, where the paper reads hidden states;
+- `copy`: the bigram (this token, next token) occurred earlier in the text, so an induction head could predict the next
+one;
+- frequency bins: how often the n-gram that *ends* at the token, the key of a memory read, occurs in a reference corpus;
+- `rest`: neither entity-final nor copy.
+
+Misleads: strata overlap (an entity name repeated in a text is both entity-final and copy), and counts describe the
+reference corpus that was passed, not what a model saw in training.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool, Int64
+from tokenizers import Tokenizer
+
+FREQUENCY_EDGES = (0, 1, 10, 100)  # bins: never, 1 to 9, 10 to 99, 100 and more
+
+
+@runtime_checkable
+class MarkedText(Protocol):
+    """A text whose entities are marked: `entities` are (start, end) character offsets into `text`."""
+
+    @property
+    def text(self) -> str:
+        """The text."""
+        ...
+
+    @property
+    def entities(self) -> Sequence[tuple[int, int]]:
+        """Where the entities are, end exclusive."""
+        ...
+
+
+def as_text(item: str | MarkedText) -> str:
+    """The text of a plain or marked text."""
+    return item if isinstance(item, str) else item.text
+
+
+def as_spans(item: str | MarkedText) -> Sequence[tuple[int, int]]:
+    """The entity spans of a marked text; a plain text has none."""
+    return () if isinstance(item, str) else [(int(span[0]), int(span[1])) for span in item.entities]
+
+
+def entity_final(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]]) -> Bool[np.ndarray, " T"]:
+    """Tokens that hold the last character of a marked entity, for the text encoded without special tokens.
+
+    Raises: ValueError for a span that is empty or outside the text.
+    """
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    mask = np.zeros(len(encoding.ids), dtype=bool)
+    for start, end in spans:
+        if not 0 <= start < end <= len(text):
+            raise ValueError(
+                f"expected an entity inside the text's {len(text)} characters, found span ({start}, {end})"
+            )
+        token = encoding.char_to_token(end - 1)
+        if token is not None:
+            mask[token] = True
+    return mask
+
+
+def copied(tokens: Int64[np.ndarray, " T"]) -> Bool[np.ndarray, " T"]:
+    """Positions whose bigram (token, next token) occurred earlier in the text; never the last position."""
+    mask = np.zeros(len(tokens), dtype=bool)
+    seen: set[tuple[int, int]] = set()
+    for t, pair in enumerate(zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True)):
+        mask[t] = pair in seen
+        seen.add(pair)
+    return mask
+
+
+@dataclass(frozen=True)
+class NgramCounts:
+    """How often each n-gram of token ids occurs in a reference corpus."""
+
+    order: int
+    counts: Mapping[tuple[int, ...], int]
+
+    @classmethod
+    def of(cls, documents: Iterable[Int64[np.ndarray, " _"] | Sequence[int]], order: int = 2) -> NgramCounts:
+        """Count the n-grams inside each document.
+
+        Raises: ValueError for an order below 1 or a corpus without a single n-gram.
+        """
+        if order < 1:
+            raise ValueError(f"expected an order of at least 1, found {order}")
+        counts: Counter[tuple[int, ...]] = Counter()
+        for document in documents:
+            ids = list(map(int, document))
+            counts.update(zip(*(ids[i:] for i in range(order)), strict=False))
+        if not counts:
+            raise ValueError(f"expected a reference corpus with at least one {order}-gram, found none")
+        return cls(order, counts)
+
+    def ending_at(self, tokens: Int64[np.ndarray, " T"]) -> Int64[np.ndarray, " T"]:
+        """Count of the n-gram that ends at each token; -1 where the text is too young to have one."""
+        ids = tokens.tolist()
+        found = [self.counts.get(tuple(ids[t - self.order + 1 : t + 1]), 0) for t in range(self.order - 1, len(ids))]
+        return np.asarray([-1] * min(self.order - 1, len(ids)) + found, dtype=np.int64)
+
+    def bins(self, tokens: Int64[np.ndarray, " T"]) -> dict[str, Bool[np.ndarray, " T"]]:
+        """One mask per frequency bin, named like `2-gram 10-99`."""
+        counts = self.ending_at(tokens)
+        masks = {}
+        for low, high in zip(FREQUENCY_EDGES, (*FREQUENCY_EDGES[1:], None), strict=True):
+            name = f"{low}+" if high is None else (str(low) if high - low == 1 else f"{low}-{high - 1}")
+            masks[f"{self.order}-gram {name}"] = (counts >= low) & (
+                counts < high if high is not None else counts >= low
+            )
+        return masks
+
+
+def text_strata(
+    tokenizer: Tokenizer, item: str | MarkedText, tokens: Int64[np.ndarray, " T"], reference: NgramCounts | None = None
+) -> dict[str, Bool[np.ndarray, " T"]]:
+    """Every mask for one text, over its tokens without special tokens.
+
+    Raises: ValueError when `tokens` is not what the tokenizer makes of the text.
+    """
+    entity = entity_final(tokenizer, as_text(item), as_spans(item))
+    if len(entity) != len(tokens):
+        raise ValueError(f"expected the text's own {len(entity)} tokens, found {len(tokens)}")
+    copy = copied(tokens)
+    return {"entity_final": entity, "copy": copy, "rest": ~entity & ~copy} | (
+        reference.bins(tokens) if reference else {}
+    )

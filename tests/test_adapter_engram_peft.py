@@ -1,0 +1,260 @@
+"""An engram-peft adapter on a Hugging Face model: the recorded run, other sizes, ablations, and damaged folders."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+
+from engram_interp.memory import CompressedVocabulary, assign_primes
+from engram_interp.models.adapters.engram_peft import EngramPeftModel
+from engram_interp.models.adapters.opening import kind_of, open_model
+from engram_interp.models.adapters.tensors import AdapterError
+from engram_interp.models.check import check_model, run_check
+from engram_interp.models.protocol import MemoryModel
+from engram_interp.models.site import sites_of
+
+SHAPES = {
+    "as recorded": {"blocks": [1, 2], "orders": [2, 3], "heads": 4, "sizes": [800, 800], "mem": 32, "branches": 4},
+    "four-grams, one branch": {"blocks": [0], "orders": [2, 3, 4], "heads": 2, "sizes": [90, 110, 210], "mem": 24,
+                               "branches": 1},
+    "last block first, two branches": {"blocks": [2, 0], "orders": [2], "heads": 3, "sizes": [300], "mem": 12,
+                                       "branches": 2},
+}  # fmt: skip
+WIDTH, LAYERS, KERNEL = 32, 3, 3
+
+
+def write_base(directory: Path, tokenizer: Tokenizer) -> Path:
+    """A tiny random Llama as transformers saves it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(4)  # transformers draws its weights from the global generator
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(directory)
+    (directory / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    return directory
+
+
+def write_adapter(directory: Path, shape: dict, tokenizer: Tokenizer) -> Path:
+    """A random adapter in engram-peft's layout."""
+    rng, m = np.random.default_rng(6), shape["branches"]
+    draw = lambda *size, mean=0.0: torch.from_numpy(rng.normal(mean, 0.4, size)).float()  # noqa: E731
+    starts = [size // shape["heads"] for size in shape["sizes"]]
+    primes = assign_primes(starts, shape["heads"], len(shape["blocks"]))
+    tensors = {}
+    for block, block_primes in zip(sorted(shape["blocks"]), primes, strict=True):
+        sizes = [prime for order in block_primes for prime in order]
+        tensors |= {
+            f"{block}.multi_head_embedding.offsets": torch.tensor(np.cumsum([0, *sizes[:-1]])),
+            f"{block}.multi_head_embedding.embedding.weight": draw(sum(sizes), shape["mem"] // len(sizes)),
+            f"{block}.gating.w_v.weight": draw(WIDTH, shape["mem"]),
+            f"{block}.short_conv.conv.weight": draw(m * WIDTH, 1, KERNEL),
+        }
+        for i in range(m):
+            tensors[f"{block}.gating.w_k.{i}.weight"] = draw(WIDTH, shape["mem"])
+            for norm in ("gating.norm_h", "gating.norm_k", "short_conv.norms"):
+                tensors[f"{block}.{norm}.{i}.weight"] = draw(WIDTH, mean=1.0)
+    save_file(tensors, directory / "engram_adapters.safetensors", {"format": "engram-peft"})
+    config = {
+        "model_type": "engram", "engine": "deepseek", "target_layers": shape["blocks"], "ngram_sizes": shape["orders"],
+        "n_head_per_ngram": shape["heads"], "engram_vocab_size_per_ngram": shape["sizes"], "embedding_dim": shape["mem"],
+        "hidden_size": WIDTH, "hc_mult": m, "conv_kernel_size": KERNEL, "conv_dilation": None,
+        "compressed_vocab_size": CompressedVocabulary.from_tokenizer(tokenizer).size,
+        "enable_tokenizer_compression": True, "pad_id": 2, "seed": 3, "layer_container_path": "model.layers",
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def base(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base"), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def adapter(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_adapter(tmp_path_factory.mktemp("adapter"), SHAPES["as recorded"], tokenizer)
+
+
+@pytest.fixture(scope="module")
+def model(adapter: Path, base: Path) -> EngramPeftModel:
+    return open_model(adapter, base=base)
+
+
+@pytest.fixture
+def damaged(adapter: Path, tmp_path: Path) -> Callable[..., Path]:
+    def copy(**config: object) -> Path:
+        for path in adapter.iterdir():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+        (tmp_path / "config.json").write_text(json.dumps(json.loads((adapter / "config.json").read_text()) | config))
+        return tmp_path
+
+    return copy
+
+
+def tokens_of(model: EngramPeftModel, length: int = 10) -> torch.Tensor:
+    return torch.randint(3, model.vocab_size, (2, length), generator=torch.Generator().manual_seed(8))
+
+
+def test_the_recorded_run_is_reproduced(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shared / "vectors" / "engram_peft_a"
+    assert run_check(folder / "adapter", base=folder / "base", recorded=folder / "recorded.npz", json=True) == 0
+    report = json.loads(capsys.readouterr().out)
+    names = {row["check"] for row in report["checks"]}
+    assert {"recorded logits", "recorded L1.gate", "recorded L2.hash_ids"} <= names
+    assert report["ok"]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_hash_is_the_strided_one(name: str, tokenizer: Tokenizer, base: Path, tmp_path: Path) -> None:
+    """Their windows restated with plain slices: padded ids from t on, oldest first, for every order."""
+    model = open_model(write_adapter(tmp_path, SHAPES[name], tokenizer), base=base)
+    tokens = tokens_of(model)
+    for site in sites_of(model):
+        largest = site.orders[-1]
+        ids = np.pad(site.vocabulary.token_map[tokens.numpy()], ((0, 0), (largest - 1, 0)), constant_values=site.pad)
+        heads = []
+        for order, primes in zip(site.orders, site.primes, strict=True):
+            mix = np.zeros(tokens.shape, dtype=np.int64)
+            for i in range(order):
+                mix ^= ids[:, i : i + tokens.shape[1]] * np.int64(site.multipliers[i])
+            heads += [mix % prime for prime in primes]
+        assert np.array_equal(np.stack(heads, axis=-1), site.engram.ngram_hash.slots(tokens).numpy())
+        assert site.variant == "engram_peft_1_2"
+    report = check_model(model)
+    assert report.ok, [row for row in report.rows if not row.ok]
+
+
+def test_it_is_a_memory_model_whose_writes_sum_over_branches(model: EngramPeftModel) -> None:
+    assert isinstance(model, MemoryModel)
+    tokens = tokens_of(model)
+    logits, cache = model.run_with_cache(tokens)
+    for block in model.engram_layers:
+        parts = cache[f"blocks.{block}.engram.hook_gated_value"] + cache[f"blocks.{block}.engram.hook_conv_out"]
+        assert cache[f"blocks.{block}.engram.hook_gate"].shape == (2, 10, 4)
+        torch.testing.assert_close(parts.sum(2, keepdim=True), cache[f"blocks.{block}.hook_engram_out"])
+    residuals = model.residuals(tokens)
+    assert [tuple(r.shape) for r in residuals] == [(2, 10, 1, WIDTH)] * (LAYERS + 1)
+    assert torch.equal(model.unembed(model.exit_hidden(residuals[-1])), logits)
+
+
+def test_silencing_the_memory_gives_the_base_model(model: EngramPeftModel, base: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    plain, tokens = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval(), tokens_of(model)
+    zero = lambda value, hook: torch.zeros_like(value)  # noqa: E731
+    with torch.no_grad():
+        expected = plain(input_ids=tokens, use_cache=False).logits
+    with model.hooks(fwd_hooks=[(f"blocks.{block}.hook_engram_out", zero) for block in model.engram_layers]):
+        assert torch.equal(model(tokens), expected)
+    assert (model(tokens) - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("hook", ["embedding", "key", "value", "score", "gate", "gated_value", "conv_out", "slots"])
+def test_every_hook_reaches_the_logits(model: EngramPeftModel, hook: str) -> None:
+    tokens = tokens_of(model)
+    before = model(tokens)
+    with model.hooks(fwd_hooks=[(f"blocks.1.engram.hook_{hook}", lambda value, hook: torch.zeros_like(value))]):
+        assert (model(tokens) - before).abs().max() > 1e-4
+    assert torch.equal(model(tokens), before)
+
+
+def test_generation_reads_the_whole_text_at_every_step(model: EngramPeftModel) -> None:
+    tokens = tokens_of(model, 4)
+    longer = model.generate(tokens, 3)
+    assert torch.equal(longer[:, -1], model(longer[:, :-1])[:, -1].argmax(-1))
+    with pytest.raises(ValueError, match="call the adapter"):
+        model.host(input_ids=tokens, use_cache=False)
+
+
+def test_gates_and_every_ablation_that_needs_no_data_work(model: EngramPeftModel) -> None:
+    """The probes' own calls: the gates of a text, and each kind of `ablate` changes the logits and gives them back."""
+    from engram_interp.hooks import KINDS, ablate
+    from engram_interp.probes.gates import read_gates
+
+    gates = read_gates(model, "The river Seine flows through Paris.")
+    assert gates.gates.shape == (len(gates.tokens), len(model.engram_layers), 4)
+    tokens = model.to_tokens("By the way, Alexander the Great was a king of Macedon.")
+    before, worked = model(tokens), []
+    for kind in KINDS.values():
+        parameters = list(inspect.signature(kind.build).parameters.values())[1:]
+        if kind.needs or kind.control or any(p.default is p.empty and p.name != "statistics" for p in parameters):
+            continue
+        with ablate(model, kind.name):
+            changed = (model(tokens) - before).abs().max()
+        if changed > 1e-5:
+            worked.append(kind.name)
+        assert torch.equal(model(tokens), before)
+    assert {"output_zero", "embedding_zero"} <= set(worked), worked
+
+
+def test_it_needs_its_base_and_says_so(adapter: Path, base: Path) -> None:
+    assert kind_of(adapter) == "engram_peft"
+    with pytest.raises(AdapterError, match="needs the directory of the base model"):
+        open_model(adapter)
+    with pytest.raises(AdapterError, match=r"looked for a house checkpoint.*qwen4_exp.*engram-peft"):
+        open_model(base)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"engine": "qwen_ple"}, "engine: Input should be 'deepseek'"),
+        ({"ngram_sizes": [3, 2]}, "expected ngram_sizes"),
+        ({"compressed_vocab_size": 12}, "compresses to"),
+        ({"engram_vocab_size_per_ngram": [900, 800]}, "offsets: expected"),
+        ({"target_layers": [1, 7]}, "expected target_layers in"),
+        ({"target_layers": [1]}, "unexpected tensors"),
+        ({"hidden_size": 64}, "adapter for width 64"),
+        ({"hc_mult": 5}, "expected a tensor"),
+        ({"layer_container_path": "model.nowhere"}, "expected a list of layers"),
+    ],
+)
+def test_a_configuration_that_lies_is_refused(
+    damaged: Callable[..., Path], base: Path, config: dict, message: str
+) -> None:
+    with pytest.raises(AdapterError, match=message):
+        open_model(damaged(**config), base=base)
+
+
+def test_damaged_weights_are_refused(damaged: Callable[..., Path], base: Path) -> None:
+    name = "engram_adapters.safetensors"
+    directory = damaged()
+    os.truncate(directory / name, 1000)
+    with pytest.raises(AdapterError, match="header"):
+        open_model(directory, base=base)
+    directory = damaged()
+    tensors = load_file(directory / name)
+    for change, message in (
+        ({"1.multi_head_embedding.offsets": tensors["1.multi_head_embedding.offsets"] + 1}, "offsets: expected"),
+        ({"1.gating.w_v.weight": tensors["1.gating.w_v.weight"].to(torch.int64)}, "expected dtype"),
+        ({"1.short_conv.conv.bias": torch.ones(4 * WIDTH)}, "no convolution bias"),
+        ({"9.something": torch.ones(1)}, "unexpected tensors"),
+    ):
+        save_file(tensors | change, directory / name)
+        with pytest.raises(AdapterError, match=message):
+            open_model(directory, base=base)
+    (directory / name).unlink()
+    with pytest.raises(AdapterError, match="no such file"):
+        open_model(directory, base=base)
+
+
+def test_a_base_model_without_a_tensor_is_refused(adapter: Path, base: Path, tmp_path: Path) -> None:
+    for path in base.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(AdapterError, match="missing keys"):
+        open_model(adapter, base=tmp_path)

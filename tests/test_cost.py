@@ -1,0 +1,109 @@
+"""Parameters and work per token: the arithmetic against built models, and the bundled configurations against each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from engram_interp.memory import CompressedVocabulary
+from engram_interp.models import experts
+from engram_interp.models.config import EngramConfig, ModelConfig
+from engram_interp.models.cost import active_flops, memory_parameters, parameter_count
+from engram_interp.models.house import HouseModel, initialise
+from engram_interp.training.config import load_train_config
+
+CONFIGS = Path(__file__).resolve().parents[1] / "experiments" / "configs" / "mini"
+
+
+def config(streams: int = 2, *, memory: bool = True, biases: bool = False, kernel: int = 4) -> ModelConfig:
+    engram = EngramConfig(
+        blocks=(2, 0),
+        rows_per_head=(31, 40, 50),
+        heads=2,
+        head_width=3,
+        compressed_vocab_size=40,
+        biases=biases,
+        conv_kernel=kernel,
+    )
+    return ModelConfig(
+        name="small",
+        vocab_size=40,
+        context=20,
+        width=16,
+        layers=3,
+        heads=2,
+        streams=streams,
+        routed_experts=5,
+        active_experts=2,
+        expert_width=6,
+        shared_width=10,
+        engram=engram if memory else None,
+    )
+
+
+def build(settings: ModelConfig) -> HouseModel:
+    model = HouseModel(settings, CompressedVocabulary.identity(40))
+    return initialise(model, torch.Generator().manual_seed(0)).requires_grad_(False)
+
+
+@pytest.mark.parametrize("settings", [
+    config(),
+    config(1),
+    config(4, biases=True),
+    config(2, kernel=0),
+    config(1, memory=False),
+    config(3, memory=False),
+])  # fmt: skip
+def test_parameters_are_those_of_the_built_model(settings: ModelConfig) -> None:
+    model = build(settings)
+    assert parameter_count(settings) == sum(p.numel() for p in model.parameters())
+    found = sum(p.numel() for name, p in model.named_parameters() if ".engram." in name)
+    assert memory_parameters(settings) == found
+
+
+def plain_experts(x, indices, weights, w_in, w_out):
+    """The routed experts with one counted product per expert in use."""
+    out = torch.zeros_like(x)
+    for expert in range(len(w_in)):
+        rows, slot = (indices == expert).nonzero(as_tuple=True)
+        gate, up = (x[rows] @ w_in[expert]).chunk(2, -1)
+        out.index_add_(0, rows, (torch.nn.functional.silu(gate) * up) @ w_out[expert] * weights[rows, slot, None])
+    return out
+
+
+@pytest.mark.parametrize("settings", [config(), config(4), config(1, memory=False)])
+def test_flops_are_those_that_torch_counts(settings: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(settings)
+    tokens = torch.randint(3, 40, (3, settings.context), generator=torch.Generator().manual_seed(1))
+    expected = model(tokens)
+    monkeypatch.setattr(experts, "routed_swiglu", plain_experts)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        logits = model(tokens)
+    torch.testing.assert_close(logits, expected)  # what was counted is what the model computes
+    assert counter.get_total_flops() == tokens.numel() * active_flops(settings).total
+
+
+def test_the_bundled_models_are_an_equal_pair() -> None:
+    engram, moe, control = (
+        load_train_config(CONFIGS / f"{name}.yaml") for name in ("mini-engram", "mini-moe", "mini-moe-control")
+    )
+    sizes = [parameter_count(run.model) for run in (engram, moe, control)]
+    assert max(sizes) / min(sizes) < 1.01, sizes
+    work = [active_flops(run.model) for run in (engram, moe, control)]
+    assert work[0].backbone == work[1].backbone == work[2].backbone
+    assert (work[1].memory, work[2].memory) == (0, 0)
+    assert abs(work[0].total / work[1].total - 1) < 0.05, "memory read and router together must stay small"
+    assert control.model.model_copy(update={"name": moe.model.name}) == moe.model
+    changed = {"out", "seed", "model"}
+    assert moe.model_dump(exclude=changed) == control.model_dump(exclude=changed) == engram.model_dump(exclude=changed)
+    assert moe.seed == engram.seed != control.seed
+    assert moe.model.model_copy(update={"name": "", "routed_experts": 0}) == engram.model.model_copy(
+        update={"name": "", "routed_experts": 0, "engram": None}
+    )
+    memory = engram.model.engram
+    assert memory is not None
+    assert min(memory.rows_per_head) >= 2 * memory.compressed_vocab_size

@@ -1,0 +1,357 @@
+"""Are the lens's numbers those of the obvious float64 computation, exactly 0 at the end, and found in bounded memory?"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engram_interp.kernels.lens import LensError, lens_readings, lens_readings_reference
+from engram_interp.probes.lens import logit_lens_kl, unigram_log_probabilities
+from engram_interp.probes.lens_comparison import compare_lens, compare_seeds
+from engram_interp.probes.strata import NgramCounts, copied, entity_final
+
+NAMES = ("kl", "reverse_kl", "jensen_shannon", "entropy", "cross_entropy")
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A text with marked entities."""
+
+    text: str
+    entities: tuple[tuple[int, int], ...]
+
+
+# -- kernel ------------------------------------------------------------------------------------------------------------
+
+
+def vectors(seed: int, sites: int, tokens: int, width: int, vocab: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    head = torch.randn(vocab, width, generator=generator) / width**0.5 * 4
+    hidden = torch.randn(tokens, width, generator=generator)
+    steps = torch.randn(sites, tokens, width, generator=generator) * torch.logspace(0.3, -4, sites)[:, None, None]
+    steps[-1] = 0
+    targets = torch.randint(0, vocab, (tokens,), generator=generator)
+    targets[-1] = -1
+    return hidden + steps, hidden, head, targets
+
+
+@pytest.mark.parametrize(("tokens", "vocab", "rows"), [(1, 50, 64), (65, 700, 64), (150, 4000, 32), (7, 300, 3)])
+def test_kernel_agrees_with_float64(tokens: int, vocab: int, rows: int):
+    sites, final, head, targets = vectors(tokens, 6, tokens, 24, vocab)
+    found = lens_readings(sites, final, lambda h: h @ head.T, targets, rows=rows)
+    logits = (sites.double() @ head.double().T).numpy()
+    expected = lens_readings_reference(logits, logits[-1], targets.numpy())
+    for name in NAMES:
+        np.testing.assert_allclose(getattr(found, name), expected[name], atol=1e-5, err_msg=name)
+    assert (found.kl[-1] == 0).all()
+    assert (found.reverse_kl[-1] == 0).all()
+    assert found.kl.min() >= -1e-6
+    assert found.jensen_shannon.min() >= 0
+    assert (found.top1 == torch.from_numpy(logits.argmax(-1))).float().mean() > 0.999
+    assert found.final_top1.equal(found.top1[-1])
+
+
+def test_kernel_in_float64():
+    sites, final, head, targets = (x.double() if x.is_floating_point() else x for x in vectors(8, 4, 20, 16, 90))
+    found = lens_readings(sites, final, lambda h: h @ head.T, targets)
+    logits = (sites @ head.T).numpy()
+    expected = lens_readings_reference(logits, logits[-1], targets.numpy())
+    for name in NAMES:
+        np.testing.assert_allclose(getattr(found, name), expected[name], atol=1e-12, err_msg=name)
+
+
+def test_unigram_distance():
+    sites, final, head, targets = vectors(9, 2, 40, 16, 90)
+    unigram = torch.randn(90, generator=torch.Generator().manual_seed(1)).log_softmax(0)
+    found = lens_readings(sites, final, lambda h: h @ head.T, targets, unigram=unigram, rows=7).unigram_kl
+    p = (final.double() @ head.double().T).log_softmax(-1)
+    torch.testing.assert_close(found.double(), (p.exp() * (p - unigram.double())).sum(-1), atol=1e-5, rtol=0)
+
+
+def test_rounded_logits_are_refused():
+    sites, final, head, targets = vectors(10, 2, 5, 16, 90)
+    with pytest.raises(LensError, match=r"found torch.bfloat16.*0\.15 nats"):
+        lens_readings(sites, final, lambda h: (h @ head.T).bfloat16(), targets)
+
+
+def test_kernel_names_the_first_reading_that_is_not_finite():
+    sites, final, head, targets = vectors(11, 3, 9, 16, 90)
+    sites[1, 6, 0] = math.nan
+    with pytest.raises(LensError, match="site 1, token 6"):
+        lens_readings(sites, final, lambda h: h @ head.T, targets, rows=4)
+
+
+MEMORY = """
+import resource, sys, torch
+torch.set_num_threads(1)
+from tokenizers import Tokenizer
+from engram_interp.memory import CompressedVocabulary
+from engram_interp.models.config import ModelConfig
+from engram_interp.models.house import HouseModel, initialise
+from engram_interp.probes.lens import logit_lens_kl
+tokenizer = Tokenizer.from_file(sys.argv[1])
+config = ModelConfig(name="big", vocab_size=8192, context=2050, width=256, layers=12, heads=4, streams=1, routed_experts=2,
+                     active_experts=1, expert_width=128, shared_width=128)
+assert tokenizer.get_vocab_size() == 8192
+model = HouseModel(config, CompressedVocabulary.identity(8192), tokenizer).eval().requires_grad_(False)
+initialise(model, torch.Generator().manual_seed(0))
+text = tokenizer.decode(torch.randint(1000, 6000, (6000,), generator=torch.Generator().manual_seed(1)).tolist())
+text = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids[:2048])
+while len(tokenizer.encode(text, add_special_tokens=False).ids) > 2049:
+    text = text[:-10]
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+with torch.no_grad():
+    model(model.to_tokens(text))
+before = peak()
+result = logit_lens_kl(model, [text])
+assert result.tokens >= 2000 and result.sites == 13, (result.tokens, result.sites)
+assert (result.kl[-1] == 0).all() and result.kl.min() >= -1e-6
+print("PEAK", before, peak())
+"""
+
+
+def test_memory_of_the_lens_above_a_forward(shared: Path):
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(shared / "vectors" / "tokenizer_8192.json")],
+        capture_output=True, text=True, timeout=600, check=False, cwd=Path(__file__).resolve().parents[1],
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    forward, lens = map(float, run.stdout.split("PEAK")[1].split())
+    print(f"peak RSS: forward {forward:.0f} MB, lens {lens:.0f} MB")
+    assert lens - forward <= 150
+
+
+# -- probe -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def result(tiny_engram, texts):
+    return logit_lens_kl(tiny_engram, list(texts))
+
+
+def test_probe_agrees_with_the_models_own_logits(tiny_engram, texts, result):
+    tokens = tiny_engram.to_tokens(texts[3])
+    residuals = tiny_engram.residuals(tokens)
+    logits = torch.stack([tiny_engram.logits(site)[0, 1:] for site in residuals]).double().numpy()
+    targets = np.append(tokens[0, 2:].numpy(), -1)
+    expected = lens_readings_reference(logits, logits[-1], targets)
+    of_text = result.document == 3
+    assert of_text.sum() == tokens.shape[1] - 1
+    for name in NAMES:
+        np.testing.assert_allclose(getattr(result, name)[:, of_text], expected[name], atol=1e-5, err_msg=name)
+    assert result.token_ids[of_text].tolist() == tokens[0, 1:].tolist()
+    assert result.position[of_text].tolist() == list(range(1, tokens.shape[1]))
+
+
+def test_last_layer_is_the_output_bit_for_bit(tiny_engram, texts, result):
+    assert result.sites == tiny_engram.layers + 1
+    assert (result.kl[-1] == 0).all()
+    assert (result.kl[:-1] > 1e-3).any(1).all()
+    assert result.agreement[-1].all()
+    tokens = tiny_engram.to_tokens(texts[0])
+    assert tiny_engram.unembed(tiny_engram.exit_hidden(tiny_engram.residuals(tokens)[-1])).equal(tiny_engram(tokens))
+
+
+def test_start_tokens_are_excluded_and_counted(tiny_engram, texts, result):
+    assert result.skipped == len(texts) == result.documents
+    assert (result.position >= 1).all()
+    assert result.tokens == sum(tiny_engram.to_tokens(t).shape[1] - 1 for t in texts)
+
+
+def test_settling_depth_by_definition(result):
+    for token in range(result.tokens):
+        predictions = result.top1[:, token]
+        expected = next(s for s in range(result.sites) if (predictions[s:] == predictions[-1]).all())
+        assert result.settling_depth[token] == expected
+
+
+def test_a_text_longer_than_the_context_is_read_once(tiny_engram, texts):
+    long = " ".join(texts[:9])
+    ids = tiny_engram.tokenizer.encode(long, add_special_tokens=False).ids
+    assert len(ids) > tiny_engram.context
+    found = logit_lens_kl(tiny_engram, [long])
+    assert found.token_ids.tolist() == ids
+    assert np.isnan(found.cross_entropy[:, -1]).all()
+    assert np.isfinite(found.cross_entropy[:, :-1]).all()
+    assert found.skipped == 1
+
+
+def test_document_means_and_band(result):
+    means = result.document_means("kl")
+    assert means.shape == (result.documents, result.sites)
+    np.testing.assert_allclose(means[2], result.kl[:, result.document == 2].mean(1), rtol=1e-6)
+    band = result.band("kl")
+    np.testing.assert_allclose(band.mean, result.kl.mean(1), rtol=1e-6)
+    assert (band.low <= band.mean).all()
+    assert band.critical > 2.2  # wider than one column's Student t with 11 degrees of freedom
+
+
+def test_streams_are_read_one_at_a_time(tiny_engram, texts, result):
+    found = [logit_lens_kl(tiny_engram, list(texts), stream=m) for m in range(2)]
+    tokens = tiny_engram.to_tokens(texts[1])
+    hidden = tiny_engram.residuals(tokens)[2][:, :, 1:2].expand(-1, -1, 2, -1)
+    layer, final = (tiny_engram.logits(h)[0, 1:].double().numpy() for h in (hidden, tiny_engram.residuals(tokens)[-1]))
+    expected = lens_readings_reference(layer[None], final, np.append(tokens[0, 2:].numpy(), -1))["kl"][0]
+    np.testing.assert_allclose(found[1].kl[2, found[1].document == 1], expected, atol=1e-5)
+    assert (found[0].kl[-1] > 0).any()  # one stream alone is not the final prediction
+    np.testing.assert_allclose(found[0].kl[0], result.kl[0], atol=1e-6)  # at the embedding all streams are equal
+    with pytest.raises(LensError, match=r"stream in \[0, 2\), found 2"):
+        logit_lens_kl(tiny_engram, [texts[0]], stream=2)
+
+
+def test_strata(tiny_engram, tokenizer):
+    text = "The Prince of Wales met the Prince of Wales."
+    spans = ((4, 19), (28, 43))
+    assert [text[slice(*s)] for s in spans] == ["Prince of Wales"] * 2
+    found = logit_lens_kl(tiny_engram, [Sentence(text, spans), Sentence("London by the sea", ())])
+    ends = [tokenizer.decode([int(t)]) for t in found.token_ids[found.strata["entity_final"]]]
+    assert len(ends) == 2
+    assert all("Wales".endswith(end.strip()) for end in ends)
+    partition = np.stack([found.strata["entity_final"] | found.strata["copy"], found.strata["rest"]])
+    assert (partition.sum(0) == 1).all()
+    assert found.strata["copy"].sum() >= 3
+    with pytest.raises(ValueError, match=r"span \(4, 99\)"):
+        entity_final(tokenizer, text, [(4, 99)])
+
+
+def test_copy_and_frequency_masks_by_definition():
+    tokens = np.array([1, 2, 3, 1, 2, 3, 9])
+    assert copied(tokens).tolist() == [False, False, False, True, True, False, False]
+    counts = NgramCounts.of([[1, 2] * 6, [2, 3]], order=2)
+    assert counts.ending_at(tokens).tolist() == [-1, 6, 1, 0, 6, 1, 0]
+    bins = counts.bins(tokens)
+    assert {k: np.flatnonzero(v).tolist() for k, v in bins.items()} == {
+        "2-gram 0": [3, 6], "2-gram 1-9": [1, 2, 4, 5], "2-gram 10-99": [], "2-gram 100+": []
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="at least one 3-gram"):
+        NgramCounts.of([[1, 2]], order=3)
+
+
+def test_result_forms(result, tiny_engram):
+    table = result.table()
+    chosen = table[(table.stratum == "all") & (table.quantity == "kl") & (table.layer == 1)]
+    assert len(chosen) == 1
+    assert chosen["mean"].item() == pytest.approx(result.kl[1].mean(), rel=1e-6)
+    assert chosen["low"].item() < chosen["median"].item()
+    data = json.loads(json.dumps(result.as_dict()))
+    assert set(data["kl"]["tiny-engram"]) == {"mean", "low", "high"}
+    assert data["tokens"] == result.tokens
+    assert data["provenance"]["models"] == {"tiny-engram": tiny_engram.identity.weights_sha256}
+    assert len(result.figure("entropy").data) == 2
+    with pytest.raises(ValueError, match="unknown quantity 'kll'"):
+        result.values("kll")
+
+
+def test_one_document_has_a_curve_but_no_band(tiny_engram, texts):
+    found = logit_lens_kl(tiny_engram, [texts[0]])
+    assert found.as_dict()["kl"]["tiny-engram"]["low"] is None
+    assert len(found.figure().data) == 1
+    assert found.table()["low"].isna().all()
+    with pytest.raises(ValueError, match="at least 2"):
+        found.band()
+
+
+# -- comparison --------------------------------------------------------------------------------------------------------
+
+
+def test_comparison_is_paired_and_says_what_it_covers(tiny_engram, tiny_moe, texts, result):
+    other = logit_lens_kl(tiny_moe, list(texts))
+    found = compare_lens(result, other)
+    np.testing.assert_allclose(found.overall.difference.mean, result.kl.mean(1) - other.kl.mean(1), atol=1e-6)
+    assert found.overall.auc.value == pytest.approx(found.overall.difference.mean[:-1].sum(), abs=1e-5)
+    normalised = [r.kl[:-1].sum(0).mean() / r.unigram_kl.mean() for r in (result, other)]
+    assert found.overall.auc_normalised.value == pytest.approx(normalised[0] - normalised[1], rel=1e-4)
+    assert found.overall.difference.mean[-1] == found.overall.difference.high[-1] == 0
+    assert "these two checkpoints only" in found.statement
+    data = json.loads(json.dumps(found.as_dict()))
+    assert set(data["kl"]) == {"tiny-engram", "tiny-moe"}
+    assert set(data["difference"]) == {"mean", "low", "high"}
+    assert data["layers"] == list(range(5))
+    assert data["documents"] == len(texts)
+    assert len(found.figure().data) == 4
+    assert len(found.difference_figure().data) >= 2
+    assert {"auc", "auc_normalised", "settling", "kl"} == set(found.table()["what"])
+
+
+def test_a_model_does_not_differ_from_itself(result):
+    found = compare_lens(result, result)
+    assert found.models == ("tiny-engram (first)", "tiny-engram (second)")
+    assert (found.overall.difference.low == 0).all()
+    assert (found.overall.difference.high == 0).all()
+    assert found.overall.auc.low == found.overall.auc.high == 0
+
+
+def test_what_cannot_be_paired_is_refused(tiny_engram, texts, result):
+    other = logit_lens_kl(tiny_engram, list(texts[:3]))
+    with pytest.raises(ValueError, match="same texts"):
+        compare_lens(result, other)
+    with pytest.raises(ValueError, match="same stream"):
+        compare_lens(result, logit_lens_kl(tiny_engram, list(texts), stream=0))
+
+
+def test_models_with_different_tokenizers_are_refused(tiny_moe, texts, result):
+    from tokenizers import Tokenizer, normalizers
+
+    other = copy.deepcopy(tiny_moe)
+    other.tokenizer = Tokenizer.from_str(tiny_moe.tokenizer.to_str())
+    other.tokenizer.normalizer = normalizers.NFC()
+    with pytest.raises(ValueError, match="one tokenizer"):
+        compare_lens(result, logit_lens_kl(other, list(texts)))
+
+
+def test_seed_is_the_unit_when_there_are_several(tiny_engram, tiny_moe, texts, result):
+    others = []
+    for seed in range(3):
+        model = copy.deepcopy(tiny_moe)
+        generator = torch.Generator().manual_seed(seed)
+        for block in model.blocks:
+            block.attn_stream.pre_logits.normal_(0, 1, generator=generator)
+        others.append(logit_lens_kl(model, list(texts)))
+    found = compare_seeds(others[:2], [others[2], result])
+    areas = [r.kl[:-1].sum(0).mean() for r in (*others, result)]
+    assert found.auc.value == pytest.approx(np.mean(areas[:2]) - np.mean(areas[2:]), rel=1e-5)
+    assert found.auc.low < found.auc.value < found.auc.high
+    with pytest.raises(ValueError, match="at least 2 seeds per arm, found 1 and 2.*these two checkpoints only"):
+        compare_seeds(others[:1], others[1:])
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_bad_texts(tiny_engram):
+    with pytest.raises(LensError, match="at least one text, found none"):
+        logit_lens_kl(tiny_engram, [])
+    with pytest.raises(LensError, match="text 1: .*empty text"):
+        logit_lens_kl(tiny_engram, ["fine", ""])
+    with pytest.raises(LensError, match="found one string"):
+        logit_lens_kl(tiny_engram, "a string")
+
+
+def test_not_finite_activation_is_named(fresh_engram, texts):
+    fresh_engram.requires_grad_(False)
+    with (
+        fresh_engram.hooks(fwd_hooks=[("blocks.2.hook_mlp_out", _spoil)]),
+        pytest.raises(LensError, match=r"output of block 2 \(layer 3\) is not finite at position 4 of text 1"),
+    ):
+        logit_lens_kl(fresh_engram, [texts[9][:6], texts[0]])
+
+
+def _spoil(value, hook):
+    spoilt = value.clone()
+    if value.shape[1] > 8:
+        spoilt[:, 4, 0] = math.nan
+    return spoilt
+
+
+def test_unigram_counts():
+    log_p = unigram_log_probabilities([[0, 1, 1], [1]], 4)
+    np.testing.assert_allclose(np.exp(log_p), np.array([2, 4, 1, 1]) / 8)

@@ -1,0 +1,492 @@
+"""Addresses, collisions, access and rows equal a brute-force recount of what the model itself reads."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+import torch
+
+from engram_interp.memory import CompressedVocabulary, NgramHash
+from engram_interp.memory.access import expected_colliding, load_histogram, rows_for_hit_rates, zipf_curve
+from engram_interp.memory.address import (
+    address_of_row,
+    addresses_of_ngram,
+    compress,
+    mixes,
+    ngram_of_text,
+    ngram_text,
+    windows,
+)
+from engram_interp.memory.ngram_counts import NgramTable, count_ngrams, merge, readers_of_slot
+from engram_interp.memory.ngram_index import NgramIndex, NgramIndexError, build_index
+from engram_interp.memory.row_reader import InMemoryRows, RowIndexError, TableError
+from engram_interp.models.house import HouseModel
+from engram_interp.probes.collisions import slot_collisions
+from engram_interp.probes.memory_rows import access_report, diff_tables, row_statistics
+from engram_interp.probes.memory_site import site_of
+from engram_interp.probes.memory_table import lookup, neighbours, read_slot
+
+MULTIPLIERS = (60_013, 7_919, 104_729)
+PRIMES = ((11, 13), (17, 19))
+RULES = [{}, {"boundary": "reset", "eos": 3}, {"window_rule": "engram_peft_1_2"}]
+
+
+def small_hash(**rule: object) -> NgramHash:
+    return NgramHash(CompressedVocabulary.identity(9), MULTIPLIERS, PRIMES, pad=2, **rule)
+
+
+@pytest.fixture
+def corpus() -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, 9, length) for length in (1, 2, 3, 40, 40, 25)]
+
+
+# -- addresses ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES, ids=["demo", "reset", "engram-peft"])
+def test_an_ngram_addresses_the_slots_the_hash_reads(rule: dict, corpus: list[np.ndarray]) -> None:
+    ngram_hash = small_hash(**rule)
+    for tokens in corpus:
+        slots = ngram_hash.slots(torch.from_numpy(tokens)[None])[0]
+        rows = ngram_hash.rows_of_slots(slots)
+        for n, window in enumerate(windows(ngram_hash, compress(ngram_hash, tokens))):
+            for t in range(len(tokens)):
+                found = addresses_of_ngram(ngram_hash, 5, window.ids[t].tolist())
+                assert [a.slot for a in found] == slots[t, 2 * n : 2 * n + 2].tolist()
+                assert [a.row for a in found] == rows[t, 2 * n : 2 * n + 2].tolist()
+                assert all(address_of_row(ngram_hash, 5, a.row) == a for a in found)
+
+
+def test_windows_are_complete_where_no_pad_was_put() -> None:
+    two, three = windows(small_hash(boundary="reset", eos=3), np.array([5, 6, 3, 7, 8]))
+    assert two.ids.tolist() == [[2, 5], [5, 6], [6, 3], [2, 7], [7, 8]]
+    assert three.ids.tolist() == [[2, 2, 5], [2, 5, 6], [5, 6, 3], [2, 2, 7], [2, 7, 8]]
+    assert two.complete.tolist() == [False, True, True, False, True]
+    assert three.complete.tolist() == [False, False, True, False, False]
+
+
+def test_addresses_that_cannot_be_are_refused() -> None:
+    ngram_hash = small_hash()
+    with pytest.raises(ValueError, match=r"\[0, 60\), found 60"):
+        address_of_row(ngram_hash, 0, 60)
+    with pytest.raises(ValueError, match=r"\[2, 3\] tokens, found 1"):
+        addresses_of_ngram(ngram_hash, 0, [1])
+    with pytest.raises(ValueError, match=r"\[0, 9\), found 9"):
+        addresses_of_ngram(ngram_hash, 0, [1, 9])
+
+
+def test_an_ngram_reads_back_from_its_text(tiny_engram: HouseModel) -> None:
+    vocabulary = tiny_engram.vocabulary
+    generator = np.random.default_rng(1)
+    for _ in range(200):
+        ngram = tuple(generator.integers(0, vocabulary.size, 3).tolist())
+        assert ngram_of_text(vocabulary, ngram_text(vocabulary, ngram)) == ngram
+    with pytest.raises(ValueError, match="'nowhere-a-token'"):
+        ngram_of_text(vocabulary, "the | nowhere-a-token")
+
+
+# -- counting a corpus -------------------------------------------------------------------------------------------------
+
+
+def brute_counts(ngram_hash: NgramHash, corpus: list[np.ndarray], n: int) -> Counter:
+    found: Counter = Counter()
+    for tokens in corpus:
+        compressed = compress(ngram_hash, tokens)
+        mix = mixes(ngram_hash, compressed)[:, n]
+        found.update(
+            (*ids, int(m)) for ids, m in zip(windows(ngram_hash, compressed)[n].ids.tolist(), mix, strict=True)
+        )
+    return found
+
+
+def as_counter(tables: list[NgramTable]) -> Counter:
+    rows = [
+        (*ids, mix, count)
+        for t in tables
+        for ids, mix, count in zip(t.ids.tolist(), t.mix.tolist(), t.count.tolist(), strict=True)
+    ]
+    assert len({row[:-1] for row in rows}) == len(rows)  # every n-gram in one place
+    return Counter({row[:-1]: row[-1] for row in rows})
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 30, 10**6])
+@pytest.mark.parametrize("rule", RULES, ids=["demo", "reset", "engram-peft"])
+def test_counts_in_memory_and_on_disk_equal_a_recount(
+    rule: dict, corpus: list[np.ndarray], chunk_tokens: int, tmp_path: Path
+) -> None:
+    ngram_hash = small_hash(**rule)
+    memory = count_ngrams(ngram_hash, corpus, chunk_tokens)
+    build_index(tmp_path / "index", ngram_hash, corpus, parts=3, chunk_tokens=chunk_tokens)
+    disk = NgramIndex(tmp_path / "index", ngram_hash)
+    assert memory.tokens == disk.tokens == sum(map(len, corpus))
+    for n, order in enumerate(ngram_hash.orders):
+        expected = brute_counts(ngram_hash, corpus, n)
+        assert as_counter(list(memory.parts(order))) == expected
+        assert as_counter(list(disk.parts(order))) == expected
+
+
+def test_ngrams_with_one_mix_stay_apart() -> None:
+    ids = np.array([[1, 2], [3, 4], [1, 2], [3, 4], [0, 0]])
+    mix = np.array([7, 7, 7, 7, 1])
+    merged = merge([NgramTable(2, ids, mix, np.array([1, 10, 100, 1000, 5]))])
+    assert as_counter([merged]) == {(0, 0, 1): 5, (1, 2, 7): 101, (3, 4, 7): 1010}
+
+
+def test_a_slot_knows_its_readers(corpus: list[np.ndarray]) -> None:
+    ngram_hash = small_hash()
+    counts = count_ngrams(ngram_hash, corpus)
+    found = readers_of_slot(counts, ngram_hash, 3, 1, 4)
+    expected = Counter({ids: c for ids, c in brute_counts(ngram_hash, corpus, 1).items() if ids[-1] % 19 == 4})
+    assert as_counter([found]) == expected
+    assert found.count.tolist() == sorted(expected.values(), reverse=True)
+
+
+def test_an_index_belongs_to_one_hash_and_appears_whole(corpus: list[np.ndarray], tmp_path: Path) -> None:
+    build_index(tmp_path / "index", small_hash(), corpus)
+    with pytest.raises(NgramIndexError, match="expected an index of hash"):
+        NgramIndex(tmp_path / "index", small_hash(window_rule="engram_peft_1_2"))
+    with pytest.raises(NgramIndexError, match="exists already"):
+        build_index(tmp_path / "index", small_hash(), corpus)
+    with pytest.raises(ValueError, match="at least one token"):
+        build_index(tmp_path / "other", small_hash(), [])
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    (tmp_path / "index" / "order-2" / "part-003.parquet").write_bytes(b"PAR1")
+    with pytest.raises(NgramIndexError, match=r"part-003\.parquet"):
+        list(NgramIndex(tmp_path / "index", small_hash()).parts(2))
+
+
+# -- collisions --------------------------------------------------------------------------------------------------------
+
+
+def small_primes(model: HouseModel) -> HouseModel:
+    """The same model with so few slots that n-grams meet in all heads (this changes addresses only)."""
+    memory = model.engram(1)
+    memory.ngram_hash = memory.ngram_hash.with_primes(((2, 3, 5, 7), (3, 5, 7, 11)))
+    return model
+
+
+def hashed_texts(model: HouseModel, texts: tuple[str, ...]) -> list[np.ndarray]:
+    return [model.to_tokens(text)[0].numpy() for text in texts]
+
+
+def test_collisions_equal_a_recount(fresh_engram: HouseModel, texts: tuple[str, ...]) -> None:
+    model = small_primes(fresh_engram)
+    ngram_hash = model.engram(1).ngram_hash
+    result = slot_collisions(model, texts, block=1, inspect=2)
+    corpus = hashed_texts(model, texts)
+    for n, order in enumerate(ngram_hash.orders):
+        distinct = list(brute_counts(ngram_hash, corpus, n))
+        for k, prime in enumerate(ngram_hash.primes[n]):
+            head = next(h for h in result.heads if (h.order, h.head) == (order, k))
+            load = Counter(ids[-1] % prime for ids in distinct)
+            assert (head.slots, head.ngrams, head.occupied) == (prime, len(distinct), len(load))
+            assert head.colliding == sum(c for c in load.values() if c > 1)
+            assert head.largest_load == max(load.values())
+            assert int((np.arange(len(head.load)) * head.load).sum()) == len(distinct)
+        groups = Counter(tuple(ids[-1] % p for p in ngram_hash.primes[n]) for ids in distinct)
+        found = next(o for o in result.orders if o.order == order)
+        assert (found.colliding, found.largest_group) == (
+            sum(c for c in groups.values() if c > 1),
+            max(groups.values()),
+        )
+        assert found.colliding > 0  # the case is not empty
+        loads = [Counter(ids[-1] % p for ids in distinct) for p in ngram_hash.primes[n]]
+        for sharing in (s for s in result.sharing if s.order == order):
+            mix = int(mixes(ngram_hash, compress(ngram_hash, corpus[sharing.text]))[sharing.position, n])
+            others = [load[mix % p] - 1 for load, p in zip(loads, ngram_hash.primes[n], strict=True)]
+            assert sharing.shared_all == groups[tuple(mix % p for p in ngram_hash.primes[n])] - 1
+            assert (sharing.shared_least, sharing.shared_most) == (min(others), max(others))
+            assert sharing.shared_mean == pytest.approx(np.mean(others))
+    assert len(result.sharing) == 2 * (len(corpus[0]) + len(corpus[1]))
+
+
+def test_collisions_from_an_index_are_the_same(tiny_engram: HouseModel, texts: tuple[str, ...], tmp_path: Path) -> None:
+    ngram_hash = tiny_engram.engram(3).ngram_hash
+    index = build_index(tmp_path / "index", ngram_hash, hashed_texts(tiny_engram, texts), parts=4, chunk_tokens=20)
+    direct = slot_collisions(tiny_engram, texts, block=3)
+    indexed = slot_collisions(tiny_engram, texts, block=3, index=index)
+    assert direct.table().equals(indexed.table())
+    assert direct.sharing == indexed.sharing
+
+
+def test_a_text_outside_the_corpus_is_not_taken_for_its_own_sharer(
+    fresh_engram: HouseModel, texts: tuple[str, ...]
+) -> None:
+    model = small_primes(fresh_engram)
+    ngram_hash = model.engram(1).ngram_hash
+    corpus = hashed_texts(model, texts[1:])
+    result = slot_collisions(model, texts[:1], block=1, index=count_ngrams(ngram_hash, corpus))
+    tokens = hashed_texts(model, texts[:1])[0]
+    absent = 0
+    for n, order in enumerate(ngram_hash.orders):
+        distinct = {ids[-1] for ids in brute_counts(ngram_hash, corpus, n)}
+        own = mixes(ngram_hash, compress(ngram_hash, tokens))[:, n].tolist()
+        absent += len(set(own) - distinct)
+        expected = [sum(all(m % p == o % p for p in ngram_hash.primes[n]) for m in distinct - {o}) for o in own]
+        assert [s.shared_all for s in result.sharing if s.order == order] == expected
+    assert absent > 0
+
+
+def test_expected_collisions_match_simulated_uniform_hashing() -> None:
+    generator = np.random.default_rng(0)
+    counts = [np.bincount(generator.integers(0, 500, 300), minlength=500) for _ in range(400)]
+    colliding = np.array([c[c > 1].sum() for c in counts])
+    assert abs(colliding.mean() - expected_colliding(300, 500)) < 4 * colliding.std() / 20
+    histogram = load_histogram(counts[0])
+    ones = np.array([(c == 1).sum() for c in counts])
+    assert abs(ones.mean() - histogram.expected[1]) < 4 * ones.std() / 20
+    assert (expected_colliding(1, 10), expected_colliding(5, 1)) == (0.0, 5.0)
+
+
+def test_a_model_without_memory_is_refused(
+    tiny_moe: HouseModel, tiny_engram: HouseModel, texts: tuple[str, ...]
+) -> None:
+    for ask in (lambda m: slot_collisions(m, texts), lambda m: access_report(m, texts), lambda m: lookup(m, "a")):
+        with pytest.raises(ValueError, match="no memory"):
+            ask(tiny_moe)
+    with pytest.raises(ValueError, match=r"block 2 has no memory; memories are in blocks \[1, 3\]"):
+        slot_collisions(tiny_engram, texts, block=2)
+    with pytest.raises(ValueError, match="at least one token"):
+        slot_collisions(tiny_engram, [""])
+
+
+# -- access ------------------------------------------------------------------------------------------------------------
+
+
+def test_access_counts_equal_what_the_model_reads(tiny_engram: HouseModel, texts: tuple[str, ...]) -> None:
+    report = access_report(tiny_engram, texts, block=3, hit_rates=(0.5, 0.9, 1.0))
+    reads: Counter = Counter()
+    tokens = 0
+    for text in texts:
+        _, cache = tiny_engram.run_with_cache(tiny_engram.to_tokens(text), "blocks.3.engram.hook_slots")
+        slots = cache["blocks.3.engram.hook_slots"]
+        tokens += slots.shape[1]
+        reads.update(tiny_engram.engram(3).ngram_hash.rows_of_slots(slots).flatten().tolist())
+    assert (report.tokens, report.reads, report.rows_read) == (tokens, 8 * tokens, len(reads))
+    assert dict((row, count) for row, _, _, count in report.hottest).items() <= reads.items()
+    assert report.hottest[0][3] == max(reads.values())
+    for rate, kept in zip(report.hit_rates, report.rows_for_rate, strict=True):
+        ranked = sorted(reads.values(), reverse=True)
+        assert sum(ranked[:kept]) >= rate * report.reads - 1e-6 > sum(ranked[: kept - 1])
+
+
+def test_zipf_exponent_and_cache_sizes_of_a_known_curve() -> None:
+    reads = (1e9 * np.arange(1, 5001) ** -1.2).astype(np.int64)
+    generator = np.random.default_rng(0)
+    curve = zipf_curve(np.concatenate([generator.permutation(reads), np.zeros(100, dtype=np.int64)]))
+    assert curve.exponent == pytest.approx(1.2, abs=1e-3)
+    assert (curve.rank[0], curve.rank[-1], curve.reads[0]) == (1, 5000, 10**9)
+    assert rows_for_hit_rates(np.array([0, 1, 6, 3]), (0.1, 0.6, 0.61, 1.0)).tolist() == [1, 1, 2, 3]
+    with pytest.raises(ValueError, match=r"\(0, 1\], found 0"):
+        rows_for_hit_rates(reads, (0.0,))
+    with pytest.raises(ValueError, match="at least one read"):
+        zipf_curve(np.zeros(3, dtype=np.int64))
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+def test_lookup_shows_the_rows_the_model_reads(tiny_engram: HouseModel) -> None:
+    text = "Alexander the Great"
+    result = lookup(tiny_engram, text)
+    tokens = tiny_engram.to_tokens(text)
+    for block in (1, 3):
+        _, cache = tiny_engram.run_with_cache(tokens, f"blocks.{block}.engram.hook_*")
+        slots = cache[f"blocks.{block}.engram.hook_slots"][0]
+        norms = cache[f"blocks.{block}.engram.hook_embedding"][0].unflatten(-1, (8, 4)).norm(dim=-1)
+        for reading in (r for r in result.ngrams if r.block == block):
+            chosen = slice(4 * (reading.order - 2), 4 * (reading.order - 1))
+            assert [a.slot for a in reading.addresses] == slots[reading.position, chosen].tolist()
+            assert np.allclose(reading.norms, norms[reading.position, chosen].numpy())
+    assert len(result.ngrams) == 2 * 2 * tokens.shape[1]
+    last = [r for r in result.ngrams if r.position == tokens.shape[1] - 1 and r.order == 3][0]
+    assert last.complete
+    assert tiny_engram.vocabulary.texts[last.ids[-1]] == last.ngram[-1]
+    with pytest.raises(ValueError, match="empty text"):
+        lookup(tiny_engram, "")
+
+
+def test_a_row_reads_through_its_own_block_of_the_value_projection(
+    tiny_engram: HouseModel, texts: tuple[str, ...]
+) -> None:
+    memory = tiny_engram.engram(3)
+    corpus = count_ngrams(memory.ngram_hash, hashed_texts(tiny_engram, texts))
+    row = memory.ngram_hash.offsets[6] + 17  # order 3, head 2
+    reading = read_slot(tiny_engram, row, block=3, top=5, index=corpus)
+    embedding = torch.zeros(8, 4)
+    embedding[6] = memory.table.weight[row]
+    value = memory.value_proj(embedding.flatten())
+    logits = tiny_engram.unembed(value)
+    logits = logits - logits.mean()
+    assert (reading.address.order, reading.address.head, reading.address.slot) == (3, 2, 17)
+    assert reading.value_norm == pytest.approx(float(value.norm()), rel=1e-5)
+    assert [t.token_id for t in reading.promoted] == logits.topk(5).indices.tolist()
+    assert [t.logit for t in reading.promoted] == pytest.approx(logits.topk(5).values.tolist(), rel=1e-4)
+    assert [t.token_id for t in reading.suppressed] == logits.topk(5, largest=False).indices.tolist()
+    mean_row = torch.zeros(8, 4)
+    mean_row[6] = memory.table.weight[memory.ngram_hash.offsets[6] :][: memory.ngram_hash.sizes[6]].mean(0)
+    control = tiny_engram.unembed(memory.value_proj(mean_row.flatten()))
+    control = control - control.mean()
+    first = reading.promoted[0]
+    assert first.excess == pytest.approx(float(logits[first.token_id] - control[first.token_id]), abs=1e-4)
+    expected = readers_of_slot(corpus, memory.ngram_hash, 3, 2, 17)
+    assert [count for _, count in reading.ngrams] == expected.count[:5].tolist()
+    with pytest.raises(ValueError, match="expected a row"):
+        read_slot(tiny_engram, memory.ngram_hash.rows, block=3)
+
+
+@pytest.mark.parametrize("chunk", [7, 10**6])
+def test_neighbours_equal_a_full_comparison(
+    chunk: int, monkeypatch: pytest.MonkeyPatch, fresh_engram: HouseModel
+) -> None:
+    monkeypatch.setattr("engram_interp.memory.row_reader.CHUNK_BYTES", 16 * chunk)
+    memory = fresh_engram.engram(1)
+    start, stop = memory.ngram_hash.offsets[2], memory.ngram_hash.offsets[3]
+    with torch.no_grad():
+        memory.table.weight[start + 3] = 0
+        memory.table.weight[start + 9] = 3 * memory.table.weight[start + 5]
+    found = neighbours(site_of(fresh_engram, 1), start + 5, top=6)
+    rows = memory.table.weight.detach()[start:stop]
+    cosine = torch.nn.functional.cosine_similarity(rows, rows[5:6])
+    cosine[5] = -2
+    assert list(found.rows) == (start + cosine.topk(6).indices).tolist()
+    assert found.rows[0] == start + 9
+    assert found.cosines == pytest.approx(cosine.topk(6).values.tolist(), abs=1e-6)
+    with pytest.raises(ValueError, match="norm 0"):
+        neighbours(site_of(fresh_engram, 1), start + 3)
+    whole = neighbours(InMemoryRows(memory.table.weight), start + 5, top=10**6)
+    assert whole.searched == memory.ngram_hash.rows
+    assert len(whole.rows) == whole.searched - 2  # all but the row itself and the zero row
+    with pytest.raises(RowIndexError, match="found 99999"):
+        neighbours(InMemoryRows(memory.table.weight), 99999)
+
+
+def test_row_statistics_see_every_row_of_a_head(fresh_engram: HouseModel) -> None:
+    memory = fresh_engram.engram(1)
+    start, stop = memory.ngram_hash.offsets[5], memory.ngram_hash.offsets[6]
+    with torch.no_grad():
+        memory.table.weight[start] = 0
+        memory.table.weight[start + 1, 2] = torch.nan
+        memory.table.weight[start + 2, 1] = torch.inf
+    head = row_statistics(site_of(fresh_engram, 1)).heads[5]
+    norms = memory.table.weight.detach()[start:stop].norm(dim=1).numpy().astype(np.float64)
+    finite = norms[np.isfinite(norms)]
+    assert (head.order, head.head, head.rows, head.zero, head.not_finite) == (3, 1, stop - start, 1, 2)
+    assert (head.mean, head.deviation) == pytest.approx((finite.mean(), finite.std()))
+    assert head.quantiles == pytest.approx(np.quantile(finite, (0, 0.01, 0.25, 0.5, 0.75, 0.99, 1)).tolist())
+    sampled = row_statistics(site_of(fresh_engram, 1), sample=20, seed=1)
+    assert [h.read for h in sampled.heads] == [20] * 8
+    assert sampled.heads == row_statistics(site_of(fresh_engram, 1), sample=20, seed=1).heads
+
+
+def test_changed_rows_are_found_with_their_heads(fresh_engram: HouseModel, tiny_engram: HouseModel) -> None:
+    memory = fresh_engram.engram(1)
+    edited = [memory.ngram_hash.offsets[1] + 4, memory.ngram_hash.offsets[7]]
+    with torch.no_grad():
+        memory.table.weight[edited[0]] *= -2
+        memory.table.weight[edited[1], 0] += 1
+    result = diff_tables(site_of(tiny_engram, 1), site_of(fresh_engram, 1))
+    before = tiny_engram.engram(1).table.weight[edited].norm(dim=1)
+    assert result.diff.rows.tolist() == edited
+    assert list(zip(result.order.tolist(), result.head.tolist(), strict=True)) == [(2, 1), (3, 3)]
+    assert result.diff.change.tolist() == pytest.approx([3 * float(before[0]), 1.0], rel=1e-5)
+    assert float(result.diff.cosine[0]) == pytest.approx(-1, abs=1e-6)
+    assert len(diff_tables(site_of(tiny_engram, 1), site_of(tiny_engram, 1)).table()) == 0
+    with pytest.raises(TableError, match="one shape"):
+        diff_tables(InMemoryRows(torch.zeros(2, 3)), InMemoryRows(torch.zeros(3, 3)))
+
+
+def test_every_result_has_a_table_a_figure_and_plain_data(tiny_engram: HouseModel, texts: tuple[str, ...]) -> None:
+    site = site_of(tiny_engram, 1)
+    results = [
+        slot_collisions(tiny_engram, texts),
+        access_report(tiny_engram, texts),
+        lookup(tiny_engram, "Alexander the Great", block=1),
+        read_slot(tiny_engram, 7),
+        neighbours(site, 7),
+        row_statistics(site),
+        diff_tables(site, InMemoryRows(tiny_engram.engram(1).table.weight * 1.5)),
+    ]
+    for result in results:
+        assert len(result.table()) > 0
+        figure = result.figure()
+        assert isinstance(figure, go.Figure)
+        assert figure.layout.title.text
+        json.loads(json.dumps(result.as_dict(), allow_nan=False))
+        assert result.provenance.created
+    assert isinstance(results[0].load_figure(), go.Figure)
+
+
+# -- other people's models and the command line ------------------------------------------------------------------------
+
+
+def test_a_raw_published_layout_is_looked_up_as_recorded(shared: Path) -> None:
+    from engram_interp.models.adapters.opening import open_model
+
+    directory = shared / "vectors" / "deepseek_v41_a"
+    model = open_model(directory)
+    recorded = np.load(directory / "recorded.npz")
+    site = site_of(model)
+    name = next(key for key in recorded.files if "hash_ids" in key and str(site.block) in key)
+    tokens = recorded["input_ids"][0].astype(np.int64)
+    ngram_hash = site.engram.ngram_hash
+    compressed = compress(ngram_hash, tokens)
+    for n, window in enumerate(windows(ngram_hash, compressed)):
+        for t in range(len(tokens)):
+            rows = [a.row for a in addresses_of_ngram(ngram_hash, site.block, window.ids[t].tolist())]
+            slots = [a.slot for a in addresses_of_ngram(ngram_hash, site.block, window.ids[t].tolist())]
+            chosen = recorded[name][0, t, n * site.heads : (n + 1) * site.heads].tolist()
+            assert chosen in (rows, slots)
+    result = lookup(model, "Alexander the Great", block=site.block)
+    assert len(result.ngrams) == len(result.tokens) * len(site.orders)
+    assert all(norm > 0 for reading in result.ngrams for norm in reading.norms)
+
+
+def test_commands_print_json_and_tables(
+    tiny_engram: HouseModel, texts: tuple[str, ...], tmp_path: Path, capsys
+) -> None:
+    import zstandard
+
+    from engram_interp.models.checkpoint import save_model
+    from engram_interp.probes import memory_commands as commands
+
+    model = tmp_path / "model"
+    save_model(tiny_engram, tiny_engram.tokenizer, model)
+    corpus = tmp_path / "corpus.jsonl.zst"
+    lines = "\n".join(json.dumps({"text": text}) for text in texts)
+    corpus.write_bytes(zstandard.ZstdCompressor().compress(lines.encode()))
+
+    def ask(command, *args: object, **options: object) -> dict:
+        assert command(*args, json=True, **options) == 0
+        return json.loads(capsys.readouterr().out)
+
+    path, index = str(model), tmp_path / "index"
+    assert ask(commands.run_lookup, path, "the sea")["tokens"][-1].strip() == "sea"
+    direct = ask(commands.run_collisions, path, corpus)
+    indexed = ask(commands.run_collisions, path, corpus, index=index)
+    assert direct["heads"] == indexed["heads"] == ask(commands.run_collisions, path, corpus, index=index)["heads"]
+    assert ask(commands.run_access, path, corpus, index=index)["tokens"] == direct["tokens"]
+    hottest = ask(commands.run_access, path, corpus)["hottest"][0][0]
+    assert ask(commands.run_read, path, hottest, index=index)["ngrams"]
+    assert len(ask(commands.run_rows, path)["heads"]) == 8
+    weights = str(model / "model.safetensors")
+    bare = ask(commands.run_rows, weights, tensor="blocks.1.engram.table.weight")
+    assert bare["heads"][0]["rows"] == tiny_engram.engram(1).ngram_hash.rows
+    assert ask(commands.run_neighbours, path, 3, top=2)["searched"] == tiny_engram.engram(1).ngram_hash.sizes[0]
+    changed = ask(commands.run_diff, weights, weights, tensor="blocks.1.engram.table.weight")
+    assert (changed["changed"], changed["compared"]) == (0, tiny_engram.engram(1).ngram_hash.rows)
+    assert commands.run_rows(path, out=tmp_path / "rows.html") == 0
+    assert "plotly" in (tmp_path / "rows.html").read_text()
+    assert commands.run_lookup(path, "the sea") == 0
+    assert "ngram" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="ending in"):
+        commands.run_rows(path, out=tmp_path / "rows.pdf")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"title": "b"}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        list(commands.read_texts(tmp_path / "bad.jsonl"))
