@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -22,7 +23,16 @@ def _print(*lines: object) -> None:
 def _json(value: object) -> None:
     import json
 
-    print(json.dumps(value, allow_nan=False))
+    print(json.dumps(_finite(value), allow_nan=False))
+
+
+def _finite(value: object) -> object:
+    """JSON has no NaN: a number that could not be estimated becomes null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 @app.command
@@ -178,6 +188,9 @@ def main() -> None:
     """Run a command; what a user can mend is one line on standard error and exit code 2."""
     try:
         sys.exit(app.cli(prog="engram-interp", description=__doc__))
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, OSError, KeyError, ArithmeticError, NotImplementedError) as error:
         if os.environ.get("ENGRAM_INTERP_TRACEBACK"):
             raise

@@ -240,17 +240,23 @@ def test_damaged_shards_are_refused(damaged: Callable[..., Path]) -> None:
     with pytest.raises(AdapterError, match="header describes"):
         open_model(directory)
     with pytest.raises(AdapterError, match="expected dtype F8_E4M3, found F32"):
-        open_model(rewrite(damaged(), lambda t: t.update({f"{prefix}embed.weight": t[f"{prefix}embed.weight"].float()})))
+        open_model(
+            rewrite(damaged(), lambda t: t.update({f"{prefix}embed.weight": t[f"{prefix}embed.weight"].float()}))
+        )
     with pytest.raises(AdapterError, match="the file does not hold it"):
         open_model(rewrite(damaged(), lambda t: t.pop(f"{prefix}wkv.scale")))
     with pytest.raises(AdapterError, match="expected shape"):
-        open_model(rewrite(damaged(), lambda t: t.update({f"{prefix}embed.weight": t[f"{prefix}embed.weight"][:-1].clone()})))
+        open_model(
+            rewrite(damaged(), lambda t: t.update({f"{prefix}embed.weight": t[f"{prefix}embed.weight"][:-1].clone()}))
+        )
     broken = torch.full((4, 64), float("nan"), dtype=torch.bfloat16)
     with pytest.raises(AdapterError, match="not finite"):
         open_model(rewrite(damaged(), lambda t: t.update({f"{prefix}q_weight": broken})))
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "x\\y.safetensors", 7])
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "x\\y.safetensors", 7]
+)
 def test_shard_names_that_leave_the_folder_are_refused(damaged: Callable[..., Path], name: object) -> None:
     directory = damaged()
     index = json.loads((directory / "model.safetensors.index.json").read_text())
@@ -260,7 +266,9 @@ def test_shard_names_that_leave_the_folder_are_refused(damaged: Callable[..., Pa
         open_model(directory)
 
 
-def test_a_changed_row_fails_the_recording(damaged: Callable[..., Path], toy: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_changed_row_fails_the_recording(
+    damaged: Callable[..., Path], toy: Path, capsys: pytest.CaptureFixture
+) -> None:
     """One flipped sign in one addressed row is found, and the worst element is named."""
     model, tokens = open_model(toy), torch.tensor([[5, 9, 14, 30]])
     hidden = torch.randn(1, 4, 4, 64, generator=torch.Generator().manual_seed(3))
@@ -269,7 +277,13 @@ def test_a_changed_row_fails_the_recording(damaged: Callable[..., Path], toy: Pa
     rows = model.engram(1).ngram_hash.rows_of_slots(slots)
     gate = cache["blocks.1.engram.hook_gate"]
     directory = damaged()
-    arrays = {"input_ids": tokens, "L1.hash_ids": rows, "L1.hidden_in": hidden, "L1.hidden_out": out[1], "L1.gate": gate}
+    arrays = {
+        "input_ids": tokens,
+        "L1.hash_ids": rows,
+        "L1.hidden_in": hidden,
+        "L1.hidden_out": out[1],
+        "L1.gate": gate,
+    }
     np.savez(directory / "recorded.npz", **{name: value.numpy() for name, value in arrays.items()})
     assert run_check(directory, recorded=directory / "recorded.npz") == 0
 

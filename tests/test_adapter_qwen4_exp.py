@@ -23,7 +23,7 @@ from engram_interp.models.site import sites_of
 EOS = 1
 
 
-def qwen_config(vocab_size: int, **changes):  # noqa: ANN003, ANN201
+def qwen_config(vocab_size: int, **changes):
     """A small text configuration in which every kind of layer occurs."""
     from transformers import Qwen4ExpTextConfig
 
@@ -40,7 +40,7 @@ def qwen_config(vocab_size: int, **changes):  # noqa: ANN003, ANN201
     return Qwen4ExpTextConfig(**(values | changes))
 
 
-def qwen_host(vocab_size: int, seed: int = 3, **changes):  # noqa: ANN003, ANN201
+def qwen_host(vocab_size: int, seed: int = 3, **changes):
     """A random `Qwen4ExpForCausalLM` in which the convolution and the gains are not at their starting values."""
     from transformers import Qwen4ExpForCausalLM
 
@@ -86,7 +86,9 @@ def stored_names(path: Path) -> set[str]:
         return set(file.keys())
 
 
-def test_logits_equal_plain_transformers_bit_for_bit(directory: Path, model: Qwen4ExpModel, tokens: torch.Tensor) -> None:
+def test_logits_equal_plain_transformers_bit_for_bit(
+    directory: Path, model: Qwen4ExpModel, tokens: torch.Tensor
+) -> None:
     from transformers import Qwen4ExpForCausalLM
 
     plain = Qwen4ExpForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
@@ -225,7 +227,10 @@ def test_a_conditional_generation_checkpoint_opens_as_text(tokenizer: Tokenizer,
     text = json.loads((tmp_path / "config.json").read_text())
     nested = {"model_type": "qwen4_exp", "architectures": ["Qwen4ExpForConditionalGeneration"], "text_config": text}
     (tmp_path / "config.json").write_text(json.dumps(nested))
-    state = {name.replace("model.", "model.language_model.", 1): t for name, t in load_file(tmp_path / "model.safetensors").items()}
+    state = {
+        name.replace("model.", "model.language_model.", 1): t
+        for name, t in load_file(tmp_path / "model.safetensors").items()
+    }
     state["model.visual.patch_embed.proj.bias"] = torch.zeros(4)
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")

@@ -50,7 +50,9 @@ def forgetful_gate(model: HouseModel) -> None:
 
 def anti_causal_hash(model: HouseModel) -> None:
     ngram_hash = model.engram(1).ngram_hash
-    object.__setattr__(ngram_hash, "slots_of_mix", lambda mix: type(ngram_hash).slots_of_mix(ngram_hash, mix.roll(-1, 1)))
+    object.__setattr__(
+        ngram_hash, "slots_of_mix", lambda mix: type(ngram_hash).slots_of_mix(ngram_hash, mix.roll(-1, 1))
+    )
 
 
 def bigrams_in_trigram_heads(model: HouseModel) -> None:
@@ -86,7 +88,9 @@ def test_a_second_exit_path_is_found(fresh_engram: HouseModel) -> None:
     assert failed(model) == {"path"}
 
 
-def test_a_failure_names_what_was_expected_and_found(fresh_engram: HouseModel, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_names_what_was_expected_and_found(
+    fresh_engram: HouseModel, capsys: pytest.CaptureFixture[str]
+) -> None:
     another_multiplier(fresh_engram)
     assert run_check(fresh_engram) == 1
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("WRONG"))

@@ -72,7 +72,9 @@ def test_bf16_is_rounded_once_and_stays(tmp_path: Path, tiny_moe: HouseModel) ->
     for name, tensor in tiny_moe.state_dict().items():
         assert torch.equal(once.state_dict()[name], tensor.bfloat16().float()), name
     save_model(once, once.tokenizer, tmp_path / "two")
-    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (tmp_path / "two" / "model.safetensors").read_bytes()
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (
+        tmp_path / "two" / "model.safetensors"
+    ).read_bytes()
 
 
 def truncate(path: Path) -> None:
@@ -112,12 +114,24 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: edit_weights(d, lambda t: t["blocks.1.engram.table.weight"].__setitem__((3, 1), torch.nan)),
         r"'blocks\.1\.engram\.table\.weight' holds values that are not finite",
     ),
-    "unknown key": (lambda d: edit_config(d, lambda c: c.update(colour="red")), "colour: Extra inputs are not permitted"),
-    "unknown memory key": (lambda d: edit_config(d, lambda c: c["engram"].update(size=3)), r"engram\.size: Extra inputs"),
+    "unknown key": (
+        lambda d: edit_config(d, lambda c: c.update(colour="red")),
+        "colour: Extra inputs are not permitted",
+    ),
+    "unknown memory key": (
+        lambda d: edit_config(d, lambda c: c["engram"].update(size=3)),
+        r"engram\.size: Extra inputs",
+    ),
     "missing key": (lambda d: edit_config(d, lambda c: c.pop("width")), "width: Field required"),
-    "ill-typed key": (lambda d: edit_config(d, lambda c: c.update(layers="4")), "layers: Input should be a valid integer"),
+    "ill-typed key": (
+        lambda d: edit_config(d, lambda c: c.update(layers="4")),
+        "layers: Input should be a valid integer",
+    ),
     "not json": (lambda d: (d / "config.json").write_text("{"), "Invalid JSON"),
-    "other vocabulary": (lambda d: edit_config(d, lambda c: c.update(vocab_size=c["vocab_size"] + 1)), "the tokenizer has"),
+    "other vocabulary": (
+        lambda d: edit_config(d, lambda c: c.update(vocab_size=c["vocab_size"] + 1)),
+        "the tokenizer has",
+    ),
     "other compression": (
         lambda d: edit_config(d, lambda c: c["engram"].update(compressed_vocab_size=7)),
         "compresses to 7 ids, found",
@@ -145,12 +159,16 @@ def test_unknown_names_list_the_known_ones(tmp_path: Path) -> None:
         load_pair("maxi")
 
 
-def test_a_save_beyond_the_disk_leaves_the_old_checkpoint_whole(copy: Path, fresh_engram: HouseModel, tokenizer: Tokenizer) -> None:
+def test_a_save_beyond_the_disk_leaves_the_old_checkpoint_whole(
+    copy: Path, fresh_engram: HouseModel, tokenizer: Tokenizer
+) -> None:
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
     with torch.no_grad():
         fresh_engram.embed.weight.add_(1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["model.safetensors"]) // 2, hard))  # a real failure of write(2)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (len(before["model.safetensors"]) // 2, hard)
+    )  # a real failure of write(2)
     try:
         with pytest.raises(CheckpointError, match="not saved, the previous file is untouched"):
             save_model(fresh_engram, tokenizer, copy, torch.float32)

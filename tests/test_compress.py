@@ -21,7 +21,9 @@ def byte_level(tokens: list[str]) -> Tokenizer:
 
 def spell(text: str) -> str:
     """A text in the byte-level alphabet."""
-    return "".join(piece for piece, _ in pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text))
+    return "".join(
+        piece for piece, _ in pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
+    )
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,9 @@ def test_recorded_layers_of_the_demo(shared: Path) -> None:
 
     from engram_interp.memory.demo import engram_from_demo
 
-    vocabulary = CompressedVocabulary.from_tokenizer(Tokenizer.from_file(str(shared / "vectors" / "tokenizer_8192.json")))
+    vocabulary = CompressedVocabulary.from_tokenizer(
+        Tokenizer.from_file(str(shared / "vectors" / "tokenizer_8192.json"))
+    )
     primes = assign_primes([211, 211], 4, 2)
     options = EngramOptions(width=48, branches=4, head_width=8, biases=True)
     with np.load(shared / "vectors" / "demo_a.npz", allow_pickle=False) as file:

@@ -64,7 +64,9 @@ def test_a_token_s_bits_do_not_depend_on_the_others(dtype: torch.dtype) -> None:
 
 def test_the_operator_keeps_torch_s_rules() -> None:
     arguments = draw(5, 3, 2)
-    results = torch.library.opcheck(ROUTED, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    results = torch.library.opcheck(
+        ROUTED, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
+    )
     assert set(results.values()) == {"SUCCESS"}
 
 

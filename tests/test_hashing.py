@@ -80,7 +80,11 @@ def test_primes_are_ascending_prime_and_never_reused() -> None:
     flat = [prime for layer in layers for row in layer for prime in row]
     assert len(flat) == len(set(flat)) == 36
     assert all(isprime(prime) for prime in flat)
-    assert all(list(row) == sorted(row) and row[0] >= start for layer in layers for row, start in zip(layer, (101, 90, 101), strict=True))
+    assert all(
+        list(row) == sorted(row) and row[0] >= start
+        for layer in layers
+        for row, start in zip(layer, (101, 90, 101), strict=True)
+    )
     assert layers[0][0] == (101, 103, 107)  # a prime start is itself taken
     assert layers[0][1] == (97, 109, 113)  # those of an earlier order are passed over
 
@@ -178,7 +182,9 @@ def test_an_address_needs_only_the_window_before_it(tokens: list[int], cut: int,
 
 
 @settings(max_examples=60, deadline=None)
-@given(tokens=st.lists(st.integers(0, 5), min_size=1, max_size=14), orders=st.integers(2, 4), pad=st.sampled_from([5, 1]))
+@given(
+    tokens=st.lists(st.integers(0, 5), min_size=1, max_size=14), orders=st.integers(2, 4), pad=st.sampled_from([5, 1])
+)
 def test_reset_hashes_each_text_as_if_it_stood_alone(tokens: list[int], orders: int, pad: int) -> None:
     eos = 5
     ngram_hash = build(orders=orders, vocab=6, boundary="reset", eos=eos, pad=pad)

@@ -1,4 +1,4 @@
-"""Are the lens's numbers those of the obvious float64 computation, exactly 0 at the end, and found in bounded memory?"""
+"""Are the lens's numbers those of the obvious float64 computation, exactly 0 at the end, in bounded memory?"""
 
 from __future__ import annotations
 
@@ -7,27 +7,24 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from engram_interp.gallery import GallerySentence, Span
 from engram_interp.kernels.lens import LensError, lens_readings, lens_readings_reference
 from engram_interp.probes.lens import logit_lens_kl, unigram_log_probabilities
 from engram_interp.probes.lens_comparison import compare_lens, compare_seeds
-from engram_interp.probes.strata import NgramCounts, copied, entity_final
+from engram_interp.probes.strata import NgramCounts, copied
 
 NAMES = ("kl", "reverse_kl", "jensen_shannon", "entropy", "cross_entropy")
 
 
-@dataclass(frozen=True)
-class Sentence:
-    """A text with marked entities."""
-
-    text: str
-    entities: tuple[tuple[int, int], ...]
+def marked(text: str, *spans: tuple[str, str, int]) -> GallerySentence:
+    """A sentence with spans given as (text, kind, start)."""
+    return GallerySentence("g001", text, "test", tuple(Span(t, kind, i, i + len(t)) for t, kind, i in spans))
 
 
 # -- kernel ------------------------------------------------------------------------------------------------------------
@@ -99,8 +96,8 @@ from engram_interp.models.config import ModelConfig
 from engram_interp.models.house import HouseModel, initialise
 from engram_interp.probes.lens import logit_lens_kl
 tokenizer = Tokenizer.from_file(sys.argv[1])
-config = ModelConfig(name="big", vocab_size=8192, context=2050, width=256, layers=12, heads=4, streams=1, routed_experts=2,
-                     active_experts=1, expert_width=128, shared_width=128)
+config = ModelConfig(name="big", vocab_size=8192, context=2050, width=256, layers=12, heads=4, streams=1,
+                     routed_experts=2, active_experts=1, expert_width=128, shared_width=128)
 assert tokenizer.get_vocab_size() == 8192
 model = HouseModel(config, CompressedVocabulary.identity(8192), tokenizer).eval().requires_grad_(False)
 initialise(model, torch.Generator().manual_seed(0))
@@ -209,18 +206,27 @@ def test_streams_are_read_one_at_a_time(tiny_engram, texts, result):
 
 
 def test_strata(tiny_engram, tokenizer):
-    text = "The Prince of Wales met the Prince of Wales."
-    spans = ((4, 19), (28, 43))
-    assert [text[slice(*s)] for s in spans] == ["Prince of Wales"] * 2
-    found = logit_lens_kl(tiny_engram, [Sentence(text, spans), Sentence("London by the sea", ())])
-    ends = [tokenizer.decode([int(t)]) for t in found.token_ids[found.strata["entity_final"]]]
-    assert len(ends) == 2
-    assert all("Wales".endswith(end.strip()) for end in ends)
-    partition = np.stack([found.strata["entity_final"] | found.strata["copy"], found.strata["rest"]])
-    assert (partition.sum(0) == 1).all()
+    text = "By the way, the Prince of Wales met the Prince of Wales."
+    first = text.index("Prince")
+    item = marked(
+        text,
+        ("By the way", "phrase", 0),
+        *(("Prince of Wales", "entity", i) for i in (first, text.index("Prince", first + 1))),
+    )
+    found = logit_lens_kl(tiny_engram, [item, "London by the sea"])
+    ends = {
+        name: [tokenizer.decode([int(t)]).strip() for t in found.token_ids[found.strata[name]]]
+        for name in ("entity-final", "phrase-final")
+    }
+    assert len(ends["entity-final"]) == 2
+    assert all("Wales".endswith(end) for end in ends["entity-final"])
+    assert len(ends["phrase-final"]) == 1
+    assert "way".endswith(ends["phrase-final"][0])
+    others = found.strata["entity-final"] | found.strata["phrase-final"] | found.strata["copy"]
+    assert (others != found.strata["rest"]).all()
     assert found.strata["copy"].sum() >= 3
-    with pytest.raises(ValueError, match=r"span \(4, 99\)"):
-        entity_final(tokenizer, text, [(4, 99)])
+    table = found.table()
+    assert set(table[table.quantity == "kl"].stratum) == {"all", *found.strata}
 
 
 def test_copy_and_frequency_masks_by_definition():

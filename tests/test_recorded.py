@@ -50,7 +50,11 @@ def primes_of(sizes: list[int], heads: int, layers: int) -> list[np.ndarray]:
             candidate, row = size - 1, []
             while len(row) < heads:
                 candidate += 1
-                if candidate > 1 and candidate not in used and all(candidate % d for d in range(2, math.isqrt(candidate) + 1)):
+                if (
+                    candidate > 1
+                    and candidate not in used
+                    and all(candidate % d for d in range(2, math.isqrt(candidate) + 1))
+                ):
                     used.add(candidate)
                     row.append(candidate)
             rows.append(row)
@@ -85,7 +89,10 @@ def layer_output(state: dict[str, np.ndarray], slots: np.ndarray, hidden: np.nda
     for m in range(branches):
         key = memory @ s[f"key_projs.{m}.weight"].T + s[f"key_projs.{m}.bias"]
         eps = np.finfo(np.float32).eps
-        normed_key, normed_query = rms(key, eps) * s[f"norm1.{m}.weight"], rms(hidden[:, :, m], eps) * s[f"norm2.{m}.weight"]
+        normed_key, normed_query = (
+            rms(key, eps) * s[f"norm1.{m}.weight"],
+            rms(hidden[:, :, m], eps) * s[f"norm2.{m}.weight"],
+        )
         score = (normed_key * normed_query).sum(-1) / math.sqrt(width)
         gate = 1 / (1 + np.exp(-np.sign(score) * np.sqrt(np.maximum(np.abs(score), 1e-6))))
         gated = gate[..., None] * value
@@ -134,13 +141,24 @@ def record(
             "short_conv.conv.weight": rng.normal(size=(branches * width, 1, kernel)) / 3,
         }
         for m in range(branches):
-            state |= {f"key_projs.{m}.weight": rng.normal(size=(width, mem)), f"key_projs.{m}.bias": rng.normal(size=width)}
-            state |= {f"{norm}.{m}.weight": rng.normal(1, 0.3, width) for norm in ("norm1", "norm2", "short_conv.norms")}
+            state |= {
+                f"key_projs.{m}.weight": rng.normal(size=(width, mem)),
+                f"key_projs.{m}.bias": rng.normal(size=width),
+            }
+            state |= {
+                f"{norm}.{m}.weight": rng.normal(1, 0.3, width) for norm in ("norm1", "norm2", "short_conv.norms")
+            }
         state = {name: value.astype(np.float32) for name, value in state.items()}
         state["multi_head_embedding.offsets"] = np.concatenate([[0], np.cumsum(flat)[:-1]])
         hidden = rng.normal(size=(2, length, branches, width)).astype(np.float32)
         output = layer_output(state, slots, hidden.astype(np.float64), orders)
-        found = {"hash_ids": slots, "multipliers": np.array(multipliers), "primes": primes, "hidden_in": hidden, "output": output}
+        found = {
+            "hash_ids": slots,
+            "multipliers": np.array(multipliers),
+            "primes": primes,
+            "hidden_in": hidden,
+            "output": output,
+        }
         arrays |= {f"L{layer}.{name}": value for name, value in found.items()}
         arrays |= {f"L{layer}.state.{name}": value for name, value in state.items()}
     config = {

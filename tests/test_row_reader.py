@@ -285,9 +285,8 @@ def test_ten_thousand_rows_of_a_190_gb_file_cost_almost_nothing(tmp_path: Path) 
         [sys.executable, "-c", SPARSE_PROGRAM, str(path)], cwd=root, capture_output=True, text=True, check=True
     )
     seconds, in_memory, before, after = map(float, done.stdout.split()[:4])
-    print(
-        f"10,000 rows: {seconds:.3f} s (in memory {in_memory:.4f} s), {(after - before) / 1024:.0f} MB, peak {after / 1024:.0f} MB"
-    )
+    print(f"10,000 rows: {seconds:.3f} s, in memory {in_memory:.4f} s")
+    print(f"{(after - before) / 1024:.0f} MB grown, peak {after / 1024:.0f} MB")
     assert "[4.0, 8.0, -4.0] 3" in done.stdout
     assert (after - before) * 1024 < 150e6  # pages of 10,000 rows and scales: 82 MB; results 10 MB, thrice
     assert seconds < 2000 * in_memory  # an in-memory gather takes about a millisecond

@@ -82,7 +82,9 @@ def test_chunked_loss_matches_the_reference(n: int, vocab: int, seed: int) -> No
     fast, slow = (f(hidden, unembedding, targets) for f in (cross_entropy, cross_entropy_reference))
     torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
     for found, expected in zip(
-        torch.autograd.grad(3 * fast, (hidden, unembedding)), torch.autograd.grad(3 * slow, (hidden, unembedding)), strict=True
+        torch.autograd.grad(3 * fast, (hidden, unembedding)),
+        torch.autograd.grad(3 * slow, (hidden, unembedding)),
+        strict=True,
     ):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
@@ -169,6 +171,7 @@ trainer.run()
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_if_it_had_not_been(run: TrainConfig, tmp_path: Path) -> None:
     straight = into(run, tmp_path / "straight")
     result = Trainer(straight).run()

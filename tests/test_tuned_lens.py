@@ -1,4 +1,4 @@
-"""Does training bring the sites closer to the final prediction on texts it never saw, and is a lens bound to its model?"""
+"""Does training bring the sites closer to the final prediction on unseen texts, and is a lens bound to its model?"""
 
 from __future__ import annotations
 

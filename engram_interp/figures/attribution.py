@@ -35,7 +35,9 @@ def contribution_heatmap(
     figure = go.Figure(heatmap)
     figure.update_layout(
         title={"text": title}, height=160 + 18 * len(parts), margin={"l": 170, "r": 20, "t": 50, "b": 90},
-        xaxis={"tickvals": list(range(len(tokens))), "ticktext": [t.replace(" ", "·") for t in tokens], "tickangle": -60},
+        xaxis={
+            "tickvals": list(range(len(tokens))), "ticktext": [t.replace(" ", "·") for t in tokens], "tickangle": -60,
+        },
         yaxis={"autorange": "reversed"},
     )  # fmt: skip
     return figure

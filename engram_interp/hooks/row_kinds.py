@@ -20,6 +20,7 @@ from engram_interp.shapes import Bool, Float, Tensor
 
 Replacement = Literal["zero", "mean"]
 PruneRule = Literal["norm", "use", "random"]
+_MASK63 = 2**63 - 1
 
 
 def embedding_zero(site: Site) -> list[Hook]:
@@ -47,6 +48,38 @@ def hash_permute(site: Site, *, seed: int = 0, inverse: bool = False) -> list[Ho
         return site.put(slots, (slots * a.to(on) + b.to(on)) % p.to(on), branched=False)
 
     return [(site.inside("slots"), permute)]
+
+
+def hash_reseed(site: Site, *, seed: int = 0) -> list[Hook]:
+    """Every n-gram reads other rows, drawn anew by `seed`, with collisions of its own.
+
+    The K slots of an order name its n-gram (their primes are coprime), so a hash of them is a hash of the n-gram under another seed.
+    """
+    ngram_hash = site.memory.ngram_hash  # type: ignore[attr-defined]
+    k, p = ngram_hash.heads, torch.tensor(ngram_hash.sizes, dtype=torch.int64)
+    draws = np.random.default_rng((seed, site.block, 1)).integers(0, 2**62, size=(len(p), k + 1), dtype=np.int64)
+    factors = torch.from_numpy(draws * 2 + 1)
+
+    def reseed(slots: Tensor, hook: HookPoint) -> Tensor:  # noqa: ARG001
+        on = slots.device
+        of_order = slots.unflatten(-1, (-1, k)).repeat_interleave(k, dim=-2)
+        key = ((of_order + 1) * factors[:, :k].to(on)).sum(-1)
+        key = (key ^ ((key & _MASK63) >> 31)) * factors[:, k].to(on)
+        return site.put(slots, ((key ^ ((key & _MASK63) >> 29)) & _MASK63) % p.to(on), branched=False)
+
+    return [(site.inside("slots"), reseed)]
+
+
+def one_row(site: Site, *, row: int = 0) -> list[Hook]:
+    """Every position reads the same row of each head: a table of capacity one."""
+    check_choice("row", [row], range(min(site.memory.ngram_hash.sizes)))  # type: ignore[attr-defined]
+    return [(site.inside("slots"), lambda old, hook: site.put(old, old.new_full((), row), branched=False))]  # noqa: ARG005
+
+
+def mean_row(site: Site, *, statistics: MemoryStatistics) -> list[Hook]:
+    """Every position reads the mean of what was read on the fitted texts."""
+    mean = statistics.blocks[site.block].embedding_mean
+    return [(site.inside("embedding"), lambda old, hook: site.put(old, mean.to(old.device), branched=False))]  # noqa: ARG005
 
 
 def keep_order(
@@ -175,6 +208,9 @@ def prune_rows(
 KINDS = (
     Kind("embedding_zero", embedding_zero, "off", "as output_zero, with what the biases write kept", branched=False),
     Kind("hash_permute", hash_permute, "marginal on", "content of the rows, apart from their presence", branched=False),
+    Kind("hash_reseed", hash_reseed, "marginal on", "content of the rows, with other collisions", branched=False),
+    Kind("one_row", one_row, "partly on", "is it memory, or the extra parameters of a read that never changes", branched=False),
+    Kind("mean_row", mean_row, "mean on", "what the rows say beyond their average", ("statistics",), branched=False),
     Kind("keep_order", keep_order, "partly on", "which n-gram order carries it", branched=False),
     Kind("heads", heads, "off (zero) or partly on (mean)", "how redundant the hash heads are", branched=False),
     Kind("slots", slots, "off (zero) or partly on (mean)", "which slot carries it", branched=False),

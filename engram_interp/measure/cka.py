@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -254,7 +254,14 @@ def _documents(groups: Groups, n_a: int, n_b: int) -> Int64[Tensor, " n"] | None
 
 
 def _hsic(a: list[Tensor], b: list[Tensor], documents: Tensor | None) -> HSICCells:
-    return hsic_rows(a, b) if documents is None else hsic_documents(a, b, documents)
+    cells = hsic_rows(a, b) if documents is None else hsic_documents(a, b, documents)
+    return replace(cells, aa=_rounded_off(cells.aa, a), bb=_rounded_off(cells.bb, b))
+
+
+def _rounded_off(own: Tensor, layers: list[Tensor]) -> Tensor:
+    """Self terms that are rounding error of the squared norms become 0: only one row of such a layer differs."""
+    scale = torch.stack([x.square().sum(1).mean() for x in layers]).square()
+    return torch.where(own < 1e-24 * scale, torch.zeros_like(own), own)
 
 
 def _jackknife_cells(

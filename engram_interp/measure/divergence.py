@@ -113,9 +113,10 @@ def top1_agreement(final: Float[Tensor, "n v"], layer: Float[Tensor, "n v"]) -> 
 
 
 def small_kl(base: Float[Tensor, "n v"], changed: Float[Tensor, "n v"]) -> Float[Tensor, " n"]:
-    """KL(base || changed) for interventions that change little: relative error near 1e-6 down to 1e-8 nats, never negative.
+    """KL(base || changed) for interventions that change little: relative error about 1e-5 down to 1e-8 nats.
 
-    The logits' difference is taken before any normalisation. Falls back to the plain form where expm1 overflows.
+    Never negative. The logits' difference is taken before any normalisation; where expm1 overflows, the plain form is
+    used.
     Raises: ValueError naming the first non-finite token.
     """
     p = log_probabilities(base)

@@ -267,5 +267,7 @@ def _integer_list(section: Mapping[str, object], key: str, name: str) -> tuple[i
 def _integers(recording: _Recording, name: str) -> Tensor:
     array = recording.array(name)
     if array.ndim != 2 or array.dtype.kind not in "iu":
-        raise RecordingError(f"{recording.name}: expected integers [B, T] under {name!r}, found {array.dtype} {array.shape}")
+        raise RecordingError(
+            f"{recording.name}: expected integers [B, T] under {name!r}, found {array.dtype} {array.shape}"
+        )
     return torch.from_numpy(array.astype(np.int64))

@@ -45,9 +45,7 @@ def run_check(
 
 
 @torch.no_grad()
-def check_model(
-    model: object, *, base: str | Path | None = None, recorded: str | Path | None = None
-) -> CheckReport:
+def check_model(model: object, *, base: str | Path | None = None, recorded: str | Path | None = None) -> CheckReport:
     """Check a model with a memory.
 
     Args: model: an opened model, a bundled name, or a directory; base: the base model's directory for an adapter; recorded: an
@@ -131,7 +129,9 @@ def _site_rows(runner: _Runner, site: EngramSite) -> Iterator[CheckRow]:
         tokens[1, 5] = int(np.flatnonzero(site.vocabulary.token_map == site.eos)[0])  # a boundary inside a text
     found = runner.capture(site, tokens)
     slots = plain_slots(site, tokens.numpy())
-    yield _row(f"{name} slots", "those of the definition, in exact integers", *_integers_agree(slots, found["slots"].numpy()))
+    yield _row(
+        f"{name} slots", "those of the definition, in exact integers", *_integers_agree(slots, found["slots"].numpy())
+    )
     yield from _recomputed_rows(name, site, found)
     yield _window_row(name, runner, site)
     yield _causal_row(name, runner, site)
@@ -225,7 +225,9 @@ def _recomputed_rows(name: str, site: EngramSite, found: Mapping[str, Tensor]) -
         scale = max(1.0, float(np.abs(expected[what]).max()))
         worst, index = worst_element(expected[what], actual)
         text = f"worst difference {worst / scale:.2g} at {list(index)}: {actual[index]:.6g} for {expected[what][index]:.6g}"
-        yield _row(f"{name} {what} recomputed", f"within {TOLERANCE:g} of the definition", worst / scale <= TOLERANCE, text)
+        yield _row(
+            f"{name} {what} recomputed", f"within {TOLERANCE:g} of the definition", worst / scale <= TOLERANCE, text
+        )
 
 
 def recompute(
@@ -235,9 +237,7 @@ def recompute(
     e = embedding.astype(np.float64)
     eps = torch.finfo(site.value.weight.dtype).eps if site.gate_eps is None else site.gate_eps
     value = e @ _f64(site.value.weight).T + (0 if site.value.bias is None else _f64(site.value.bias))
-    key = np.stack(
-        [e @ _f64(k.weight).T + (0 if k.bias is None else _f64(k.bias)) for k in site.keys], axis=2
-    )
+    key = np.stack([e @ _f64(k.weight).T + (0 if k.bias is None else _f64(k.bias)) for k in site.keys], axis=2)
     agreement = _rms(key, eps) * _f64(site.key_gain) * _rms(hidden, eps) * _f64(site.query_gain)
     score = agreement.sum(-1) / math.sqrt(site.width)
     if site.gate != "plain":
@@ -313,9 +313,13 @@ def _model_rows(runner: _Runner) -> Iterator[CheckRow]:
     yield _row("recording", "logits equal bit for bit", same, "equal" if same else "different logits")
     exit_logits = model.unembed(model.exit_hidden(model.residuals(tokens)[-1]))  # type: ignore[attr-defined]
     worst = float((exit_logits - logits).abs().max())
-    yield _row("exit path", "logits equal bit for bit", torch.equal(exit_logits, logits), f"worst difference {worst:.2g}")
+    yield _row(
+        "exit path", "logits equal bit for bit", torch.equal(exit_logits, logits), f"worst difference {worst:.2g}"
+    )
     changed = tokens.clone()
-    changed[:, -1] = torch.where(tokens[:, -1] == int(runner.choices[0]), int(runner.choices[1]), int(runner.choices[0]))
+    changed[:, -1] = torch.where(
+        tokens[:, -1] == int(runner.choices[0]), int(runner.choices[1]), int(runner.choices[0])
+    )
     leak = float((model(changed)[:, :-1] - logits[:, :-1]).abs().max())  # type: ignore[operator]
     yield _row("causality", "earlier logits unmoved by the last token", leak <= 1e-5, f"moved by {leak:.2g}")
     finite = bool(torch.isfinite(logits).all())

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +86,9 @@ def _hidden(model: object, block: int, quantities: Mapping[str, Array], tokens: 
     options = model.engram(block).options  # type: ignore[attr-defined]
     expected, array = (*tokens.shape, options.branches, options.width), quantities["hidden_in"]
     if array.shape != expected or array.dtype.kind != "f":
-        raise RecordingError(f"L{block}.hidden_in: expected floats of shape {expected}, found {array.dtype} {array.shape}")
+        raise RecordingError(
+            f"L{block}.hidden_in: expected floats of shape {expected}, found {array.dtype} {array.shape}"
+        )
     return torch.from_numpy(array.astype(np.float32))
 
 
@@ -124,9 +126,7 @@ def _compare(name: str, expected: Array, found: Array | None) -> CheckRow:
     return CheckRow(check, wanted, text, ok)
 
 
-def _by_block(
-    arrays: Mapping[str, Array], path: Path, sites: Mapping[int, EngramSite]
-) -> dict[int, dict[str, Array]]:
+def _by_block(arrays: Mapping[str, Array], path: Path, sites: Mapping[int, EngramSite]) -> dict[int, dict[str, Array]]:
     found: dict[int, dict[str, Array]] = {}
     for name, array in arrays.items():
         if match := _LAYER.match(name):

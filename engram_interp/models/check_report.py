@@ -75,7 +75,9 @@ def say_error(error: Exception, *, json: bool = False) -> int:
     return 1
 
 
-def worst_element(expected: Shaped[np.ndarray, "..."], found: Shaped[np.ndarray, "..."]) -> tuple[float, tuple[int, ...]]:
+def worst_element(
+    expected: Shaped[np.ndarray, "..."], found: Shaped[np.ndarray, "..."]
+) -> tuple[float, tuple[int, ...]]:
     """The largest absolute difference of two arrays of one shape, and where; not-a-number counts as infinite."""
     if not expected.size:
         return 0.0, ()

@@ -134,7 +134,9 @@ def site_of_engram(
     Args: rows: the table's reader; None reads the module's own weight.
     """
     ngram_hash, options = engram.ngram_hash, engram.options
-    key_biases = engram.key_proj.bias.unflatten(0, (options.branches, -1)) if options.biases else [None] * options.branches
+    key_biases = (
+        engram.key_proj.bias.unflatten(0, (options.branches, -1)) if options.biases else [None] * options.branches
+    )
     key_weights = engram.key_proj.weight.unflatten(0, (options.branches, -1))
     conv = None
     if options.conv_kernel:
@@ -188,7 +190,9 @@ def _house_sites(model: HouseModel) -> Iterable[EngramSite]:
     config = model.cfg.engram
     if config is None:
         return
-    primes = dict(zip(config.blocks, assign_primes(config.rows_per_head, config.heads, len(config.blocks)), strict=True))
+    primes = dict(
+        zip(config.blocks, assign_primes(config.rows_per_head, config.heads, len(config.blocks)), strict=True)
+    )
     for block in model.engram_layers:
         engram = model.engram(block)
         multipliers = pcg64_multipliers(config.seed, block, config.compressed_vocab_size, config.max_order)

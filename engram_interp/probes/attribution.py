@@ -41,10 +41,10 @@ class AttributionError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class LogitAttribution:
-    """Direct contribution of every component (axis C) to one logit per position, or to a difference of two. Logit units.
+    """Direct contribution of every component (axis C) to one logit per position, or to a difference of two.
 
-    `components`: `embed`, `{i}_engram_out`, `{i}_attn_out`, `{i}_mlp_out`; they sum to `logit` up to `residue`
-    (rounding). `targets` is the token whose logit is explained; `against` the one subtracted, if any.
+    Logit units. `components`: `embed`, `{i}_engram_out`, `{i}_attn_out`, `{i}_mlp_out`; they sum to `logit` up to
+    `residue` (rounding). `targets` is the token whose logit is explained; `against` the one subtracted, if any.
     """
 
     model: str
@@ -177,7 +177,8 @@ def _attribute(
 ) -> tuple[LogitAttribution, EngramCache, Tensor]:
     if not isinstance(model, HouseModel):
         raise AttributionError(
-            f"expected a house model, whose residual is a known sum of components; {model.identity.name!r} is {model.identity.kind}"
+            f"expected a house model, whose residual is a known sum of components; "
+            f"{model.identity.name!r} is {model.identity.kind}"
         )
     tokens = model.to_tokens(text)
     names = ["hook_embed", "*.hook_attn_out", "*.hook_mlp_out", "ln_final.hook_scale"]

@@ -170,23 +170,24 @@ def slot_collisions(
     site = site_of(model, block)
     ngram_hash = hash_of(site)
     counts = index or count_ngrams(ngram_hash, token_ids(model, texts, progress=progress))
-    heads, loads = [], {}
+    inspected = [_inspect(model, site, tokens) for tokens in token_ids(model, texts[:inspect])]
+    heads = []
     sections = [(order, head) for order in site.orders for head in range(site.heads)]
     for order, head in tqdm(sections, desc="heads", disable=not progress):
         load = slot_loads(counts, ngram_hash, order, head)
         heads.append(_head(order, head, load))
-        loads[order, head] = load if inspect else None
+        for text in inspected:  # one head's load is in memory at a time: a table has 16 million slots per head
+            text.loads[order].append(load[text.mix[order] % len(load)])
     options = {"block": site.block, "inspect": inspect, "index": index is not None, "tokens": counts.tokens}
+    weights = {model.identity.name: model.identity.weights_sha256}
     return CollisionResult(
         model=model.identity.name,
         block=site.block,
         tokens=counts.tokens,
         heads=tuple(heads),
         orders=tuple(_order(site, counts, order) for order in site.orders),
-        sharing=tuple(_inspect(model, site, counts, loads, texts[:inspect])),
-        provenance=Provenance(
-            {model.identity.name: model.identity.weights_sha256}, texts_hash(texts), len(texts), options
-        ),
+        sharing=tuple(row for i, text in enumerate(inspected) for row in _sharing(site, counts, i, text)),
+        provenance=Provenance(weights, texts_hash(texts), len(texts), options),
     )
 
 
@@ -218,32 +219,47 @@ def _order(site: EngramSite, counts: NgramCounts, order: int) -> OrderCollisions
     return OrderCollisions(order, ngrams, colliding, expected_colliding(ngrams, modulus), largest)
 
 
-def _inspect(
-    model: AddressedModel, site: EngramSite, counts: NgramCounts, loads: dict, texts: Sequence[str]
-) -> list[TokenSharing]:
-    ngram_hash, found = hash_of(site), []
-    for number, tokens in enumerate(token_ids(model, texts)):
-        shown, compressed = show_tokens(model.tokenizer, tokens.tolist()), compress(ngram_hash, tokens)
-        mix = mixes(ngram_hash, compressed)
-        for n, window in enumerate(windows(ngram_hash, compressed)):
-            in_all = sharers(counts, window.order, site.primes[n], mix[:, n])
-            itself = present(counts, window.order, mix[:, n])  # not always: an index may be of another corpus
-            slots = mix[:, n, None] % np.array(site.primes[n])
-            per_head = (
-                np.stack([loads[window.order, k][slots[:, k]] for k in range(site.heads)], axis=1) - itself[:, None]
+@dataclass(frozen=True, eq=False)
+class _Inspected:
+    """One text whose n-grams are looked at: by order, mix and text of every n-gram, and the load of its slot per head."""
+
+    tokens: list[str]
+    mix: dict[int, Int64[np.ndarray, " T"]]
+    ngrams: dict[int, list[str]]
+    loads: dict[int, list[np.ndarray]]
+
+
+def _inspect(model: AddressedModel, site: EngramSite, tokens: Int64[np.ndarray, " T"]) -> _Inspected:
+    ngram_hash = hash_of(site)
+    compressed = compress(ngram_hash, tokens)
+    mix = mixes(ngram_hash, compressed)
+    of_order = windows(ngram_hash, compressed)
+    return _Inspected(
+        tokens=show_tokens(model.tokenizer, tokens.tolist()),
+        mix={window.order: mix[:, n] for n, window in enumerate(of_order)},
+        ngrams={w.order: [SEPARATOR.join(ngram_parts(site, model, ids)) for ids in w.ids] for w in of_order},
+        loads={window.order: [] for window in of_order},
+    )
+
+
+def _sharing(site: EngramSite, counts: NgramCounts, number: int, text: _Inspected) -> list[TokenSharing]:
+    found = []
+    for order, primes in zip(site.orders, site.primes, strict=True):
+        in_all = sharers(counts, order, primes, text.mix[order])
+        itself = present(counts, order, text.mix[order])  # not always: an index may be of another corpus
+        per_head = np.stack(text.loads[order], axis=1) - itself[:, None]
+        found += [
+            TokenSharing(
+                text=number,
+                position=t,
+                token=token,
+                order=order,
+                ngram=text.ngrams[order][t],
+                shared_all=int(in_all[t]),
+                shared_mean=float(per_head[t].mean()),
+                shared_least=int(per_head[t].min()),
+                shared_most=int(per_head[t].max()),
             )
-            found += [
-                TokenSharing(
-                    text=number,
-                    position=t,
-                    token=shown[t],
-                    order=window.order,
-                    ngram=SEPARATOR.join(ngram_parts(site, model, window.ids[t])),
-                    shared_all=int(in_all[t]),
-                    shared_mean=float(per_head[t].mean()),
-                    shared_least=int(per_head[t].min()),
-                    shared_most=int(per_head[t].max()),
-                )
-                for t in range(len(tokens))
-            ]
+            for t, token in enumerate(text.tokens)
+        ]
     return found

@@ -12,6 +12,7 @@ Texts, not tokens, are the units of every interval. Misleads: a gate that prefer
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
@@ -313,12 +314,16 @@ def _add(tally, reading: _Reading, index: int, text: str, item, model: MemoryMod
     _keep_strongest(tally, reading, index, model, top)
 
 
-def _count_bins() -> list[tuple[int, float, str]]:
-    edges = [*COUNT_EDGES, np.inf]
-    return [
-        (low, high, f"{low}+" if high == np.inf else str(low) if high == low + 1 else f"{low}-{high - 1}")
-        for low, high in zip(edges, edges[1:], strict=False)
-    ]
+def _count_bins() -> list[tuple[float, float, str]]:
+    """First count, first count beyond, label."""
+    edges = [*map(float, COUNT_EDGES), math.inf]
+    return [(low, high, _count_label(low, high)) for low, high in zip(edges, edges[1:], strict=False)]
+
+
+def _count_label(low: float, high: float) -> str:
+    if high == math.inf:
+        return f"{low:.0f}+"
+    return f"{low:.0f}" if high == low + 1 else f"{low:.0f}-{high - 1:.0f}"
 
 
 def _correlation(gates: np.ndarray, loss: np.ndarray) -> np.ndarray:
@@ -342,7 +347,7 @@ def _keep_strongest(tally: _Tally, reading: _Reading, index: int, model: MemoryM
                 gate = float(column[position])
                 if len(heap) == top and gate <= heap[0][0]:
                     break
-                context = "".join(show_tokens(model.tokenizer, reading.ids[max(0, position - 8) : position + 1]))
+                context = "".join(show_tokens(model.tokenizer, reading.ids[max(0, position - 8) : position + 1].tolist()))
                 entry = (gate, index, int(position), context)
                 heapq.heappush(heap, entry) if len(heap) < top else heapq.heapreplace(heap, entry)
 

@@ -121,7 +121,7 @@ def read_gates(model: MemoryModel, text: str, *, limit: int | None = None) -> Ga
     return GateMap(
         model=model.identity.name,
         text=text,
-        tokens=tuple(show_tokens(model.tokenizer, ids)),
+        tokens=tuple(show_tokens(model.tokenizer, ids.tolist())),
         token_ids=ids,
         layers=layers,
         gates=gates,

@@ -23,11 +23,12 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 
+from engram_interp.gallery import GallerySentence
 from engram_interp.kernels.lens import LensError, LensReadings, lens_readings
 from engram_interp.measure.statistics import Band, simultaneous_band
 from engram_interp.models.protocol import Decoder
 from engram_interp.models.text import Window, start_tokens, windows
-from engram_interp.probes.strata import MarkedText, NgramCounts, as_text, text_strata
+from engram_interp.probes.strata import NgramCounts, as_text, text_strata
 from engram_interp.runs import Provenance, texts_hash
 from engram_interp.shapes import Float as TensorFloat
 from engram_interp.shapes import Tensor
@@ -114,7 +115,7 @@ class LensResult:
 
     @property
     def settling_depth(self) -> Int64[np.ndarray, " N"]:
-        """First site from which the top-1 is the final one at every later site; `sites` if it never is (single streams)."""
+        """First site from which the top-1 is the final one to the end; `sites` if there is none (single streams)."""
         settled = np.logical_and.accumulate(self.agreement[::-1], axis=0)
         return self.sites - settled.sum(0)
 
@@ -161,7 +162,7 @@ class LensResult:
         return simultaneous_band(values[:, mask].T, self.document[mask], rng=np.random.default_rng(seed))
 
     def table(self) -> pd.DataFrame:
-        """One row per stratum, quantity and site: mean, median, band (NaN with fewer than 2 documents), tokens, documents."""
+        """One row per stratum, quantity and site: mean, median, band (NaN with fewer than 2 documents), counts."""
         import pandas as pd
 
         rows: list[dict[str, object]] = []
@@ -219,7 +220,7 @@ class LensResult:
 
 def logit_lens_kl(
     model: Decoder,
-    texts: Sequence[str | MarkedText],
+    texts: Sequence[str | GallerySentence],
     *,
     lens: Lens | None = None,
     stream: int | None = None,

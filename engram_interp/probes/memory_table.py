@@ -344,7 +344,7 @@ def neighbours(source: EngramSite | RowReader, row: int, *, top: int = 10, progr
         with np.errstate(invalid="ignore", divide="ignore"):
             cosine = (block @ query) / (np.linalg.norm(block, axis=1) * np.linalg.norm(query))
         cosine[~np.isfinite(cosine)] = -2  # a zero row has no direction
-        if section.start <= row < start + len(block) and row >= start:
+        if start <= row < start + len(block):
             cosine[row - start] = -2  # not its own neighbour
         best_rows = np.concatenate([best_rows, np.arange(start, start + len(block))])
         best = np.concatenate([best, cosine])

@@ -2,11 +2,12 @@
 
 Masks over the tokens of one text, in one place so that every probe means the same by them:
 
-- `entity_final`: the last token of a marked entity, where the paper reads hidden states;
+- `entity-final`, `phrase-final`: the token that completes a marked name or set phrase, where the paper reads hidden
+  states;
 - `copy`: the bigram (this token, next token) occurred earlier in the text, so an induction head could predict the next
-one;
+  one;
 - frequency bins: how often the n-gram that *ends* at the token, the key of a memory read, occurs in a reference corpus;
-- `rest`: neither entity-final nor copy.
+- `rest`: neither entity-final nor phrase-final nor copy.
 
 Misleads: strata overlap (an entity name repeated in a text is both entity-final and copy), and counts describe the
 reference corpus that was passed, not what a model saw in training.
@@ -17,55 +18,30 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int64
 from tokenizers import Tokenizer
 
+from engram_interp.gallery import GallerySentence, entity_final_positions
+
 FREQUENCY_EDGES = (0, 1, 10, 100)  # bins: never, 1 to 9, 10 to 99, 100 and more
 
 
-@runtime_checkable
-class MarkedText(Protocol):
-    """A text whose entities are marked: `entities` are (start, end) character offsets into `text`."""
-
-    @property
-    def text(self) -> str:
-        """The text."""
-        ...
-
-    @property
-    def entities(self) -> Sequence[tuple[int, int]]:
-        """Where the entities are, end exclusive."""
-        ...
-
-
-def as_text(item: str | MarkedText) -> str:
-    """The text of a plain or marked text."""
+def as_text(item: str | GallerySentence) -> str:
+    """The text of a plain text or a gallery sentence."""
     return item if isinstance(item, str) else item.text
 
 
-def as_spans(item: str | MarkedText) -> Sequence[tuple[int, int]]:
-    """The entity spans of a marked text; a plain text has none."""
-    return () if isinstance(item, str) else [(int(span[0]), int(span[1])) for span in item.entities]
+def span_final(tokenizer: Tokenizer, item: str | GallerySentence, kind: str = "entity") -> Bool[np.ndarray, " T"]:
+    """Tokens that complete a marked entity or phrase, for the text encoded without special tokens; none in a plain text.
 
-
-def entity_final(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]]) -> Bool[np.ndarray, " T"]:
-    """Tokens that hold the last character of a marked entity, for the text encoded without special tokens.
-
-    Raises: ValueError for a span that is empty or outside the text.
+    Raises: ValueError for an unknown kind, or a span that no token completes.
     """
-    encoding = tokenizer.encode(text, add_special_tokens=False)
+    encoding = tokenizer.encode(as_text(item), add_special_tokens=False)
     mask = np.zeros(len(encoding.ids), dtype=bool)
-    for start, end in spans:
-        if not 0 <= start < end <= len(text):
-            raise ValueError(
-                f"expected an entity inside the text's {len(text)} characters, found span ({start}, {end})"
-            )
-        token = encoding.char_to_token(end - 1)
-        if token is not None:
-            mask[token] = True
+    if not isinstance(item, str):
+        mask[entity_final_positions(item, encoding.offsets, kind)] = True
     return mask
 
 
@@ -121,16 +97,18 @@ class NgramCounts:
 
 
 def text_strata(
-    tokenizer: Tokenizer, item: str | MarkedText, tokens: Int64[np.ndarray, " T"], reference: NgramCounts | None = None
+    tokenizer: Tokenizer,
+    item: str | GallerySentence,
+    tokens: Int64[np.ndarray, " T"],
+    reference: NgramCounts | None = None,
 ) -> dict[str, Bool[np.ndarray, " T"]]:
     """Every mask for one text, over its tokens without special tokens.
 
     Raises: ValueError when `tokens` is not what the tokenizer makes of the text.
     """
-    entity = entity_final(tokenizer, as_text(item), as_spans(item))
+    entity, phrase = (span_final(tokenizer, item, kind) for kind in ("entity", "phrase"))
     if len(entity) != len(tokens):
         raise ValueError(f"expected the text's own {len(entity)} tokens, found {len(tokens)}")
     copy = copied(tokens)
-    return {"entity_final": entity, "copy": copy, "rest": ~entity & ~copy} | (
-        reference.bins(tokens) if reference else {}
-    )
+    masks = {"entity-final": entity, "phrase-final": phrase, "copy": copy, "rest": ~(entity | phrase | copy)}
+    return masks | (reference.bins(tokens) if reference else {})

@@ -20,13 +20,14 @@ import torch
 from jaxtyping import Float as NumpyFloat
 from pydantic import Field, ValidationError
 
+from engram_interp.gallery import GallerySentence
 from engram_interp.kernels.lens import LensError
 from engram_interp.measure.divergence import kl_divergence, log_probabilities
 from engram_interp.models.checkpoint import CheckpointError, read_tensors, save_tensors, write_atomically
 from engram_interp.models.config import StrictModel
 from engram_interp.models.protocol import Decoder
 from engram_interp.models.text import start_tokens, windows
-from engram_interp.probes.strata import MarkedText, as_text
+from engram_interp.probes.strata import as_text
 from engram_interp.runs import texts_hash
 from engram_interp.shapes import Float, Tensor
 
@@ -84,7 +85,7 @@ class TunedLens:
 
     @property
     def remaining_gain(self) -> float:
-        """How much the held-out KL (mean over sites) still fell in the last quarter of the evaluations, as a share of it."""
+        """How much the held-out KL (mean over sites) fell in the last quarter of the evaluations, relative."""
         means = self.history.mean(1)
         before = means[max(0, len(means) - 1 - max(1, len(means) // 4))]
         return float((before - means[-1]) / max(means[-1], 1e-12))
@@ -98,8 +99,8 @@ class TunedLens:
         """Raise LensError when the lens was trained for other weights."""
         if (model.identity.weights_sha256, model.layers) != (self.weights_sha256, len(self.weight)):
             raise LensError(
-                f"expected the tuned lens of {model.identity.name!r} (weights {model.identity.weights_sha256[:12]!r}), found one "
-                f"of {self.model!r} (weights {self.weights_sha256[:12]!r})"
+                f"expected the tuned lens of {model.identity.name!r} (weights {model.identity.weights_sha256[:12]!r}), "
+                f"found one of {self.model!r} (weights {self.weights_sha256[:12]!r})"
             )
 
     def translate(self, site: int, hidden: Float[Tensor, "B T M D"]) -> Float[Tensor, "B T M D"]:
@@ -164,7 +165,7 @@ def load_tuned_lens(directory: Path) -> TunedLens:
 
 def train_tuned_lens(
     model: Decoder,
-    texts: Sequence[str | MarkedText],
+    texts: Sequence[str | GallerySentence],
     *,
     generator: torch.Generator,
     config: TunedLensConfig | None = None,
@@ -224,7 +225,7 @@ def _windows(model: Decoder, texts: Sequence[str]) -> list[tuple[Tensor, slice]]
 def _gather(
     model: Decoder, source: list[tuple[Tensor, slice]], order: Sequence[int], rows: int
 ) -> tuple[list[Tensor], Tensor]:
-    """Residuals [1, rows, M, D] of every site below the last and exit-ready final vectors [1, rows, D], whole windows first."""
+    """Residuals [1, rows, M, D] of every site below the last and exit-ready final vectors [1, rows, D]."""
     parts: list[list[Tensor]] = []
     count = 0
     for index in order:

@@ -74,7 +74,7 @@ def load_train_config(path: Path) -> TrainConfig:
     Raises: ConfigError naming the file and every bad or unknown key.
     """
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml)  # noqa: S506 - a safe loader
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -77,10 +77,8 @@ def _decompressed(path: Path) -> Generator[bytes, None, None]:
         raise EOFError("the file ends inside a zstd frame")
 
 
-def _open_text(path: Path) -> io.TextIOBase:
-    if path.suffix != ".zst":
-        return path.open(encoding="utf-8")
-    return io.TextIOWrapper(io.BufferedReader(_ZstdFrames(path), _READ_BYTES), encoding="utf-8")
+def _open_lines(path: Path) -> io.BufferedReader:
+    return io.BufferedReader(_ZstdFrames(path), _READ_BYTES) if path.suffix == ".zst" else path.open("rb")
 
 
 def read_jsonl(path: Path) -> Iterator[dict]:
@@ -90,19 +88,21 @@ def read_jsonl(path: Path) -> Iterator[dict]:
     """
     number = 0
     try:
-        with _open_text(path) as lines:
+        with _open_lines(path) as lines:
             for number, line in enumerate(lines, start=1):
-                record = json.loads(line)
+                record = json.loads(line.decode("utf-8"))
                 if not isinstance(record, dict):
                     raise CorpusError(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}")
                 yield record
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path}, line {number}: not UTF-8 ({error.reason})") from None
     except json.JSONDecodeError as error:
         raise CorpusError(f"{path}, line {number}: not JSON ({error.msg})") from None
     except CorpusError:
         raise
     except FileNotFoundError:
         raise CorpusError(f"{path}: no such file") from None
-    except Exception as error:  # noqa: BLE001 - zstandard.ZstdError, UnicodeDecodeError: both mean a damaged file
+    except Exception as error:  # noqa: BLE001 - zstandard.ZstdError, EOFError: both mean a damaged file
         raise CorpusError(f"{path}, after line {number}: {error}") from None
 
 

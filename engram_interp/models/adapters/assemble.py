@@ -74,6 +74,8 @@ def assemble_engram(
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if found != expected:
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))[0]
-        raise AdapterError(f"{wrong}: expected shape {expected.get(wrong)} by the configuration, found {found.get(wrong)}")
+        raise AdapterError(
+            f"{wrong}: expected shape {expected.get(wrong)} by the configuration, found {found.get(wrong)}"
+        )
     engram.load_state_dict({name: tensor.detach() for name, tensor in state.items()}, strict=True, assign=True)
     return engram.eval().requires_grad_(False)

@@ -15,9 +15,8 @@ the residual.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -27,6 +26,8 @@ from torch import nn
 from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
+from engram_interp.models.adapters.bridge_parts import AdapterError, BlockHooks, Tap, Text, attached
+from engram_interp.models.adapters.bridge_parts import state_hash as state_hash
 from engram_interp.models.cache import matching_hooks
 from engram_interp.models.lock import ModelLock
 from engram_interp.models.protocol import ModelIdentity, NamesFilter
@@ -34,11 +35,6 @@ from engram_interp.models.text import show_tokens
 from engram_interp.shapes import Float, Int64, Tensor
 
 _NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f", "ln_final")
-_SUBLAYERS = {"attn": ("self_attn", "attn", "attention"), "mlp": ("mlp", "block_sparse_moe", "feed_forward")}
-
-
-class AdapterError(ValueError):
-    """A model that cannot be read as a decoder; the message says what was expected and what was found."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ class _Adapted:
     identity: ModelIdentity
     lock: ModelLock
     _parts: _Parts
-    _text: _Text
+    _text: Text
     _context: int
     _width: int
     _vocab_size: int
@@ -111,8 +107,8 @@ class _Adapted:
         def save(value: Tensor) -> None:
             records.append(value.detach().clone().unsqueeze(2))
 
-        taps = [_Tap(self._parts.layers[0], save, before=True), *(_Tap(layer, save) for layer in self._parts.layers)]
-        with self.lock, _attached(taps):
+        taps = [Tap(self._parts.layers[0], save, before=True), *(Tap(layer, save) for layer in self._parts.layers)]
+        with self.lock, attached(taps):
             self(tokens)
         return records
 
@@ -149,8 +145,8 @@ class _Adapted:
                 if len(residuals) == len(layers) + 1 and self.unembed(self.exit_hidden(residuals[-1])).equal(logits):
                     return
         raise AdapterError(
-            f"expected {self.identity.name}'s logits to be its head of its final norm of its last layer's output; they differ, "
-            "so its lens would not end at its own prediction"
+            f"expected {self.identity.name}'s logits to be its head of its final norm of its last layer's output; "
+            "they differ, so its lens would not end at its own prediction"
         )
 
 
@@ -170,7 +166,7 @@ class HuggingFaceDecoder(_Adapted, HookedRootModule):
         super().__init__()
         _require_float32(model)
         self.model = model.eval()
-        self._text = _Text(tokenizer)
+        self._text = Text(tokenizer)
         self.lock = ModelLock()
         config = model.config.get_text_config()  # type: ignore[union-attr]
         layers, norm, head = _structure(model, config)
@@ -178,7 +174,7 @@ class HuggingFaceDecoder(_Adapted, HookedRootModule):
         self._width, self._vocab_size = int(config.hidden_size), int(config.vocab_size)
         source = PurePath(str(getattr(config, "_name_or_path", ""))).name or "in memory"
         self.identity = ModelIdentity(name or source, state_hash(model), source, "huggingface")
-        self.blocks = nn.ModuleList(_BlockHooks(layer) for layer in layers)
+        self.blocks = nn.ModuleList(BlockHooks(layer) for layer in layers)
         self.setup()
         self._find_exit(layers, norm, head, config)
 
@@ -193,7 +189,7 @@ class HuggingFaceDecoder(_Adapted, HookedRootModule):
             for layer, points in zip(self._parts.layers, self.blocks, strict=True)
             for tap in points.taps(layer)  # type: ignore[operator]
         ]
-        with self.lock, _attached(taps):
+        with self.lock, attached(taps):
             return self.model(input_ids=tokens, use_cache=False).logits
 
     @contextmanager
@@ -239,7 +235,7 @@ class BridgeDecoder(_Adapted):
             raise AdapterError("expected a bridge with blocks of one residual stream")
         _require_float32(bridge)  # type: ignore[arg-type]
         self.bridge = bridge
-        self._text = _Text(tokenizer if tokenizer is not None else bridge.tokenizer)  # type: ignore[attr-defined]
+        self._text = Text(tokenizer if tokenizer is not None else bridge.tokenizer)  # type: ignore[attr-defined]
         self.lock = ModelLock()
         cfg = bridge.cfg  # type: ignore[attr-defined]
         self._context, self._width, self._vocab_size = int(cfg.n_ctx), int(cfg.d_model), int(cfg.d_vocab)
@@ -281,9 +277,9 @@ class BridgeDecoder(_Adapted):
 
 
 def load_decoder(directory: Path, *, gguf_file: str | None = None, name: str | None = None) -> HuggingFaceDecoder:
-    """Open a Hugging Face model from a local directory in float32: safetensors, or one GGUF file (dequantised). No network.
+    """Open a Hugging Face model from a local directory in float32: safetensors, or one GGUF file (dequantised).
 
-    Raises: AdapterError when there is nothing that can be opened without unpickling.
+    No network. Raises: AdapterError when there is nothing that can be opened without unpickling.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -298,94 +294,6 @@ def load_decoder(directory: Path, *, gguf_file: str | None = None, name: str | N
     except (OSError, ValueError, KeyError) as error:
         raise AdapterError(f"{directory.name}: cannot be opened as a causal language model ({error})") from None
     return HuggingFaceDecoder(model, tokenizer, name or PurePath(gguf_file or directory.name).stem)
-
-
-def state_hash(model: nn.Module) -> str:
-    """SHA-256 over name, dtype, shape and bytes of every tensor of a model's state, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-class _Text:
-    """A tokenizer, Rust or wrapped."""
-
-    def __init__(self, tokenizer: object) -> None:
-        rust = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
-        if not isinstance(rust, Tokenizer):
-            raise AdapterError(f"expected a fast tokenizer, found {type(tokenizer).__name__}")
-        self.rust, self._wrapped = rust, None if rust is tokenizer else tokenizer
-
-    def encode(self, text: str) -> list[int]:
-        if not text:
-            return []
-        return list(self._wrapped(text)["input_ids"]) if self._wrapped is not None else self.rust.encode(text).ids  # type: ignore[operator]
-
-
-class _BlockHooks(nn.Module):
-    """The hook points of one layer."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.hook_resid_pre = HookPoint()
-        self.parts: dict[str, str] = {}
-        for part, names in _SUBLAYERS.items():
-            if found := next((n for n in names if isinstance(getattr(layer, n, None), nn.Module)), None):
-                self.parts[part] = found
-                setattr(self, f"hook_{part}_out", HookPoint())
-        self.hook_resid_post = HookPoint()
-
-    def taps(self, layer: nn.Module) -> Iterator[_Tap]:
-        """One tap for every hook point that somebody hooked."""
-        for point, before in ((self.hook_resid_pre, True), (self.hook_resid_post, False)):
-            if _hooked(point):
-                yield _Tap(layer, lambda value, point=point: point(value.unsqueeze(2)).squeeze(2), before=before)
-        for part, name in self.parts.items():
-            point = getattr(self, f"hook_{part}_out")
-            if _hooked(point):
-                yield _Tap(getattr(layer, name), point)
-
-
-def _hooked(point: HookPoint) -> bool:
-    return bool(point._forward_hooks or point._backward_hooks or point._backward_pre_hooks)
-
-
-@dataclass(frozen=True)
-class _Tap:
-    """A function over a module's first input or output; what it returns (unless None) replaces the value."""
-
-    module: nn.Module
-    function: Callable[[Tensor], Tensor | None]
-    before: bool = False
-
-    def attach(self) -> object:
-        if self.before:
-            return self.module.register_forward_pre_hook(self._pre, with_kwargs=True)
-        return self.module.register_forward_hook(self._post)
-
-    def _pre(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        value = args[0] if args else kwargs["hidden_states"]
-        replaced = self.function(value)
-        if replaced is None:
-            return None
-        return ((replaced, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": replaced})
-
-    def _post(self, module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple | None:
-        replaced = self.function(output[0] if isinstance(output, tuple) else output)
-        if replaced is None:
-            return None
-        return (replaced, *output[1:]) if isinstance(output, tuple) else replaced
-
-
-@contextmanager
-def _attached(taps: Sequence[_Tap]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for tap in taps:
-            handle: AbstractContextManager = tap.attach()  # type: ignore[assignment]
-            stack.enter_context(handle)
-        yield
 
 
 def _require_float32(model: nn.Module) -> None:

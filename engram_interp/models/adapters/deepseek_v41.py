@@ -126,7 +126,9 @@ def _open_site(
     prefix = _find_prefix(files, block)
     table = _open_table(files, prefix, constants.rows or 0, config.head_width)
     m, d = config.streams, config.width
-    wkv = files.dequantised(f"{prefix}wkv.weight", f"{prefix}wkv.scale", ((m + 1) * d, config.memory_width), SCALE_BLOCK)
+    wkv = files.dequantised(
+        f"{prefix}wkv.weight", f"{prefix}wkv.scale", ((m + 1) * d, config.memory_width), SCALE_BLOCK
+    )
     weights = {
         "key_proj.weight": wkv[: m * d],
         "value_proj.weight": wkv[m * d :],

@@ -30,7 +30,9 @@ from engram_interp.models.site import EngramSite, HashConstants, site_of_engram
 from engram_interp.shapes import Tensor
 
 CONFIG_SECTIONS = ("engram", "backbone")
-_TABLE = re.compile(r"^(?P<prefix>(?:.*\.)?(?:\D*)(?P<layer>\d+)\.(?:[A-Za-z_]+\.)*)multi_head_embedding\.embedding\.weight$")
+_TABLE = re.compile(
+    r"^(?P<prefix>(?:.*\.)?(?:\D*)(?P<layer>\d+)\.(?:[A-Za-z_]+\.)*)multi_head_embedding\.embedding\.weight$"
+)
 
 
 class _Memory(BaseModel):
@@ -100,7 +102,9 @@ def open_demo(path: Path) -> StandaloneMemory:
     if config.engram.pad_id >= vocabulary.raw_size:
         raise AdapterError(f"{path}: expected a pad_id below {vocabulary.raw_size}, found {config.engram.pad_id}")
     if missing := sorted(set(config.engram.layer_ids) ^ set(source.states)):
-        raise AdapterError(f"{path}: expected weights of layers {list(config.engram.layer_ids)}, differs at {missing[0]}")
+        raise AdapterError(
+            f"{path}: expected weights of layers {list(config.engram.layer_ids)}, differs at {missing[0]}"
+        )
     layers = config.engram.layer_ids
     primes = assign_primes(config.engram.engram_vocab_size, config.engram.n_head_per_ngram, len(layers))
     sites = [_open_site(source, layer, layer_primes) for layer, layer_primes in zip(layers, primes, strict=True)]
@@ -137,7 +141,9 @@ def _read_folder(path: Path) -> _Source:
         if match := _TABLE.match(name):
             layer = int(match["layer"])
             if prefixes.setdefault(layer, match["prefix"]) != match["prefix"]:
-                raise AdapterError(f"{path}: layer {layer} is stored twice, under {prefixes[layer]!r} and {match['prefix']!r}")
+                raise AdapterError(
+                    f"{path}: layer {layer} is stored twice, under {prefixes[layer]!r} and {match['prefix']!r}"
+                )
     states = {
         layer: {
             name.removeprefix(prefix): files.integers(name) if name.endswith(OFFSETS) else files.floats(name)

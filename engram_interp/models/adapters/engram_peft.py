@@ -98,7 +98,9 @@ def open_engram_peft(
     """
     config = read_config(EngramPeftConfig, read_json(adapter / CONFIG), adapter / CONFIG)
     if tokenizer is None and not isinstance(base, Path):
-        raise AdapterError("expected the directory of the base model's tokenizer beside a loaded base model, found None")
+        raise AdapterError(
+            "expected the directory of the base model's tokenizer beside a loaded base model, found None"
+        )
     loaded_tokenizer = load_tokenizer(tokenizer or base)  # type: ignore[arg-type]
     host = load_host(base) if isinstance(base, Path) else base
     layout = HostLayout.find(host, config.layer_container_path)
@@ -197,9 +199,7 @@ def _open_site(
     except TableError as error:
         raise AdapterError(str(error)) from None
     engram = assemble_engram(ngram_hash, options, weights, table, resident_bytes=resident_bytes)
-    return site_of_engram(
-        block, engram, VARIANT, streams=1, regenerated=constants, stored=stored, rows=table
-    )
+    return site_of_engram(block, engram, VARIANT, streams=1, regenerated=constants, stored=stored, rows=table)
 
 
 def _refuse_conv_bias(files: TensorFiles, block: int, channels: int, read: set[str]) -> None:

@@ -207,7 +207,7 @@ class HostedModel(HookedMemory):
         """The streams before block 0 and after every block, from one forward."""
         records: list[Tensor] = []
         sites = ["blocks.0.hook_resid_pre", *(f"blocks.{i}.hook_resid_post" for i in range(self.layers))]
-        save = lambda value, hook: records.append(value.clone())  # noqa: E731, ARG005
+        save = lambda value, hook: records.append(value.clone())  # noqa: E731
         with self.hooks(fwd_hooks=[(site, save) for site in sites]):
             self(tokens)
         return records

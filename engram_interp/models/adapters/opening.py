@@ -32,7 +32,9 @@ def kind_of(path: Path) -> str:
     if path.suffix == ".npz" and path.is_file():
         return "demo"
     if not (path / CONFIG).is_file():
-        raise AdapterError(f"{path}: expected a model directory with {CONFIG}, a demo recording (.npz), or one of {BUNDLED}")
+        raise AdapterError(
+            f"{path}: expected a model directory with {CONFIG}, a demo recording (.npz), or one of {BUNDLED}"
+        )
     values = read_json(path / CONFIG)
     model_type = values.get("model_type")
     if model_type in deepseek_v41.MODEL_TYPES:

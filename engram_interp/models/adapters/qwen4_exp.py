@@ -63,7 +63,9 @@ class Qwen4ExpModel(HostedModel):
             raise AdapterError(
                 f"config says {config.vocab_size} tokens, the tokenizer has {tokenizer.get_vocab_size()}"
             )
-        sites = [_site_of(layer.ple, config, block) for block, layer in enumerate(layout.layers) if layer.ple is not None]
+        sites = [
+            _site_of(layer.ple, config, block) for block, layer in enumerate(layout.layers) if layer.ple is not None
+        ]
         model = cls(host, layout, sites, tokenizer, identity)
         for site in model.sites:
             points = model.blocks[site.block]
@@ -131,7 +133,9 @@ def _site_of(ple: nn.Module, config: object, block: int) -> EngramSite:
         streams=config.hc_count,  # type: ignore[attr-defined]
         regenerated=regenerated,
         stored=stored,
-        rows=InMemoryRows(embedding.ngram_embedding.weight, f"model.layers.{block}.ple.ple_embedding.ngram_embedding.weight"),
+        rows=InMemoryRows(
+            embedding.ngram_embedding.weight, f"model.layers.{block}.ple.ple_embedding.ngram_embedding.weight"
+        ),
         numbered_rows=True,
     )
 

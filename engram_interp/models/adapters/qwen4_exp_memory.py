@@ -50,7 +50,9 @@ class Qwen4ExpMemoryConfig(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Qwen4ExpMemoryConfig:
         if not all(1 <= layer <= self.num_hidden_layers for layer in self.ple_layer_ids):
-            raise ValueError(f"expected ple_layer_ids in [1, {self.num_hidden_layers}], found {list(self.ple_layer_ids)}")
+            raise ValueError(
+                f"expected ple_layer_ids in [1, {self.num_hidden_layers}], found {list(self.ple_layer_ids)}"
+            )
         if self.memory_width % ((self.ngram_size - 1) * self.heads_per_ngram):
             raise ValueError(f"expected ple_embed_dim in whole columns per head, found {self.memory_width}")
         if not 0 <= self.eos < self.vocab_size:
@@ -112,7 +114,9 @@ def require_equal(stored: HashConstants, regenerated: HashConstants, where: str)
     for name in ("multipliers", "primes", "offsets", "rows"):
         expected, found = getattr(regenerated, name), getattr(stored, name)
         if expected != found:
-            raise AdapterError(f"{where}: {name}: expected {expected} by the configuration, found {found} in the checkpoint")
+            raise AdapterError(
+                f"{where}: {name}: expected {expected} by the configuration, found {found} in the checkpoint"
+            )
 
 
 def _open_site(

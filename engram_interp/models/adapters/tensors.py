@@ -77,7 +77,9 @@ class TensorFiles:
         Raises: AdapterError for a missing tensor or shard, a damaged file, another dtype, or another shape.
         """
         if name not in self._files:
-            raise AdapterError(f"{self.path}: expected a tensor {name!r}, found none of that name among {len(self._files)}")
+            raise AdapterError(
+                f"{self.path}: expected a tensor {name!r}, found none of that name among {len(self._files)}"
+            )
         file = self._files[name]
         try:
             if file not in self._headers:
@@ -121,7 +123,9 @@ class TensorFiles:
             file.seek(entry.start)
             raw = np.frombuffer(bytearray(file.read(entry.stop - entry.start)), dtype=np.uint8)
         if raw.size != entry.stop - entry.start:
-            raise AdapterError(f"{entry.path}: {entry.name}: expected {entry.stop - entry.start} bytes, found {raw.size}")
+            raise AdapterError(
+                f"{entry.path}: {entry.name}: expected {entry.stop - entry.start} bytes, found {raw.size}"
+            )
         return raw
 
     def _finite(self, tensor: Tensor, name: str) -> Tensor:
