@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional, arg
@@ -127,6 +128,121 @@ def check(
 
 
 @app.command
+def lens(
+    engram: Positional[Model],
+    moe: Positional[Model],
+    *,
+    texts: Path | None = None,
+    out: Path | None = None,
+    json: bool = False,
+) -> int:
+    """Compare how early two models' predictions form: KL(final || layer), paired by document.
+
+    Args:
+        engram: The model whose difference is taken, usually the one with a memory.
+        moe: The model it is compared with.
+        texts: One text per line, or .jsonl; the bundled gallery if absent.
+        out: Write the figure (.html) or the table (.csv) here.
+        json: Print the curves and their difference as JSON.
+    """
+    from engram_interp.models.adapters.opening import open_model
+    from engram_interp.probes.lens import logit_lens_kl
+    from engram_interp.probes.lens_comparison import compare_lens
+
+    corpus = _texts(texts)
+    result = compare_lens(logit_lens_kl(open_model(engram), corpus), logit_lens_kl(open_model(moe), corpus))
+    _write(result, out)
+    if json:
+        _json(result.as_dict())
+    elif out is None:
+        _print(result.table().query("stratum == 'all'").to_string(index=False), result.statement)
+    return 0
+
+
+@app.command
+def cka(
+    engram: Positional[str | None] = None,
+    baseline: Positional[str | None] = None,
+    *,
+    texts: Path | None = None,
+    control: str | None = None,
+    positions: Literal["entity_final", "one_per_document", "all"] = "entity_final",
+    from_heatmap: Path | None = None,
+    soft_alignment: int = 5,
+    permutations: int = 0,
+    seed: int = 0,
+    out: Path | None = None,
+    json: bool = False,
+) -> int:
+    """Compare the layers of two models: unbiased linear CKA with intervals, soft alignment with its null.
+
+    Args:
+        engram: The model whose depths are asked for.
+        baseline: The model whose layers are the ruler.
+        texts: One text per line, or .jsonl; the bundled gallery if absent. Entities need the gallery's marks.
+        control: The baseline from another seed, which gives the null.
+        positions: Which tokens are rows.
+        from_heatmap: Compute the soft alignment of a heat map in this JSON file instead.
+        soft_alignment: k of the soft alignment index.
+        permutations: Shuffles of the documents for the largest CKA of unrelated models.
+        seed: Seed of everything random.
+        out: Write the figure (.html) or the table (.csv) here.
+        json: Print the result as JSON.
+    """
+    if from_heatmap is not None:
+        from engram_interp.probes.heatmap_file import from_heatmap_file
+
+        return _show_alignment(from_heatmap_file(from_heatmap, k=soft_alignment), json)
+    if engram is None or baseline is None:
+        raise ValueError("expected two models, or --from-heatmap")
+    from engram_interp.models.adapters.opening import open_model
+    from engram_interp.probes.similarity import cka_heatmap
+
+    result = cka_heatmap(
+        open_model(engram),
+        open_model(baseline),
+        _texts(texts),
+        positions,
+        control=open_model(control) if control else None,
+        k=soft_alignment,
+        permutations=permutations,
+        seed=seed,
+    )
+    _write(result, out)
+    if json:
+        _json(result.as_dict())
+    elif out is None:
+        _print(result.depths().to_string(index=False), *(c.sentence for c in result.claims), *result.warnings)
+    return 0
+
+
+def _texts(path: Path | None) -> list:
+    """The texts of a file, or the bundled gallery with its marked entities.
+
+    Raises: ValueError when the file holds no text.
+    """
+    from engram_interp.gallery import load_gallery
+    from engram_interp.gallery.files import read_texts
+
+    texts = list(load_gallery()) if path is None else list(read_texts(path))
+    if not texts:
+        raise ValueError(f"{path}: expected at least one text, found an empty file")
+    return texts
+
+
+def _write(result: Any, out: Path | None) -> None:
+    """Write a result's figure or table, by the suffix."""
+    if out is None:
+        return
+    if out.suffix == ".html":
+        result.figure().write_html(out, include_plotlyjs=True)
+    elif out.suffix == ".csv":
+        result.table().to_csv(out, index=False)
+    else:
+        raise ValueError(f"expected a file ending in .html or .csv, found {out.name!r}")
+
+
+@app.command
 def tokenize(files: Positional[tuple[Path, ...]], *, out: Path, tokenizer: Path, vocab_size: int = 8192, held_out: bool = False) -> int:
     """Turn corpus files (.jsonl, .jsonl.zst) into a token file; learn the tokenizer first if it does not exist.
 
@@ -184,10 +300,61 @@ def demo(*, text: str = "Only Alexander the Great could tame the horse Bucephalu
     return run_demo(text)
 
 
+@app.command
+def ablate(
+    model: Positional[Model],
+    *,
+    config: Path,
+    data: Path | None = None,
+    out: Path | None = None,
+    json: bool = False,
+) -> int:
+    """Take the memory away in the ways a YAML file lists, beside controls of equal size.
+
+    Args:
+        model: A bundled name or a model directory.
+        config: Tasks and conditions (see experiments/configs/remove_engram.yaml).
+        data: Evaluation sets, laid out as in the README.
+        out: Write the figure (.html), the table (.csv) or everything (.json) here.
+        json: Print everything as JSON.
+    """
+    from engram_interp.studies.command import run_ablate
+
+    return run_ablate(model, config, data=data, as_json=json, out=out)
+
+
+@app.command
+def memory() -> int:
+    """Read the table itself: lookup, collisions, access, rows, neighbours, read, diff."""
+    raise ValueError("expected `engram-interp memory ACTION PATH ...`; see `engram-interp memory --help`")
+
+
+@app.command
+def runs() -> int:
+    """Look at run folders: list, show, table."""
+    raise ValueError("expected `engram-interp runs list|show|table PATH`; see `engram-interp runs --help`")
+
+
+def _group(name: str) -> dict[str, Callable[..., int]]:
+    """The actions of a command that has several."""
+    if name == "memory":
+        from engram_interp.probes import memory_commands as actions
+    else:
+        from engram_interp.runs import commands as actions
+    return {key.removeprefix("run_"): value for key, value in vars(actions).items() if key.startswith("run_")}
+
+
+def _dispatch() -> int:
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in ("memory", "runs"):
+        return app.cli(prog="engram-interp", description=__doc__)
+    return tyro.extras.subcommand_cli_from_dict(_group(name), prog=f"engram-interp {name}", args=sys.argv[2:])
+
+
 def main() -> None:
     """Run a command; what a user can mend is one line on standard error and exit code 2."""
     try:
-        sys.exit(app.cli(prog="engram-interp", description=__doc__))
+        sys.exit(_dispatch())
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

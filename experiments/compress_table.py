@@ -1,8 +1,8 @@
 """How many bits and how many rows can a table lose before loss, facts or phrases notice?
 
 Rows rounded to 8, 4, 3 and 2 bits with one scale per row or per block of columns, and rows pruned by norm, by use on
-the fitted texts, or at random. `noticed` is True where the interval of the change excludes 0. Use counts come from the fitted
-texts: with few of them most rows look unused, so give pruning by use a corpus like the one that will be read.
+the fitted texts, or at random. `noticed` is True where the interval of the change excludes 0. Use counts come from the
+fitted texts: with few of them most rows look unused, so give pruning by use a corpus like the one that will be read.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def report(context: Context, frames: dict[str, pd.DataFrame]) -> Report:
         curves, list(config.fractions), title="Pruning the table", x_title="fraction of rows removed",
         y_title="change of loss (nats per answer token, mean over tasks)", zero=True,
     )  # fmt: skip
-    return Report({"effects": effects, "noticed": noticed}, figure, headline(effects, [c.label for c in conditions(context)]))
+    return Report(
+        {"effects": effects, "noticed": noticed}, figure, headline(effects, [c.label for c in conditions(context)])
+    )
 
 
 STUDY = Study("compress_table", Config, plan, report)

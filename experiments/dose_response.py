@@ -1,7 +1,7 @@
 """How much of the gate does each ability need?
 
-The gate is scaled from 0 to beyond 1. Read with care: the convolution sees normalised values, so it hardly follows the scale
-and only 0 removes it; the curve may jump there. `gate_mean` removes the variation of the gate and keeps its size.
+The gate is scaled from 0 to beyond 1. Read with care: the convolution sees normalised values, so it hardly follows the
+scale and only 0 removes it; the curve may jump there. `gate_mean` removes the variation of the gate and keeps its size.
 """
 
 from __future__ import annotations
@@ -42,9 +42,12 @@ def report(context: Context, frames: dict[str, pd.DataFrame]) -> Report:
     curves = []
     for task in list(dict.fromkeys(rows["task"]))[:7]:
         of = rows[rows["task"] == task].loc[list(dose)]
-        curves.append(Curve(task, *(of["change_logprob" + e].to_numpy(dtype=np.float64) for e in ("", "_low", "_high"))))
+        curves.append(
+            Curve(task, *(of["change_logprob" + e].to_numpy(dtype=np.float64) for e in ("", "_low", "_high")))
+        )
     figure = curve_figure(
-        curves, list(dose.values()), title="Dose response of the gate", x_title="gate x", y_title="change of log p (nats)",
+        curves, list(dose.values()), title="Dose response of the gate", x_title="gate x",
+        y_title="change of log p (nats)",
         zero=True,
     )  # fmt: skip
     return Report({"effects": effects}, figure, headline(effects, [*list(dose)[:1], "gate_mean", "gate_open"]))

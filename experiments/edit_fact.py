@@ -1,8 +1,8 @@
 """Can facts be rewritten in the table, and what else changes with them?
 
-Each fact is edited in closed form and by gradient, as an overlay; the checkpoint stays as it is. Side effects are followed through
-the prompt with its continuation and through a corpus: positions that read an edited row, that the convolution reaches, or that come
-later, each with the KL of their prediction before and after.
+Each fact is edited in closed form and by gradient, as an overlay; the checkpoint stays as it is. Side effects are
+followed through the prompt with its continuation and through a corpus: positions that read an edited row, that the
+convolution reaches, or that come later, each with the KL of their prediction before and after.
 """
 
 from __future__ import annotations
@@ -64,14 +64,20 @@ def measure(context: Context, table: str, method: str, number: int, corpus: tupl
     return (report.table() if table == "reach" else report.ngrams()).assign(**label)
 
 
-def report(context: Context, frames: dict[str, pd.DataFrame]) -> Report:  # noqa: ARG001
+def report(context: Context, frames: dict[str, pd.DataFrame]) -> Report:
     """Success by method, and the mean KL of each class of position."""
     rates = frames["edits"].groupby("method")["success"].mean()
     reach = frames["reach"].groupby(["method", "reached"])["kl"].agg(["mean", "min", "max"])
     classes = ["reads", "conv", "later"]
-    bars = [Bars(m, *(reach.loc[m].reindex(classes)[c].to_numpy(dtype=float) for c in ("mean", "min", "max"))) for m in METHODS]
+    bars = [
+        Bars(m, *(reach.loc[m].reindex(classes)[c].to_numpy(dtype=float) for c in ("mean", "min", "max")))
+        for m in METHODS
+    ]
     figure = bars_figure(
-        bars, classes, title="Side effects of an edit (mean over facts, range as whiskers)", y_title="KL(before || after), nats"
+        bars,
+        classes,
+        title="Side effects of an edit (mean over facts, range as whiskers)",
+        y_title="KL(before || after), nats",
     )
     lines = tuple(f"{method:12} took in {rates[method]:.0%} of {len(frames['edits']) // 2} facts" for method in METHODS)
     return Report({}, figure, lines)

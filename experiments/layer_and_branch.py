@@ -1,7 +1,7 @@
 """Which memory and which residual stream does each ability need?
 
-The write is zeroed in every block, every branch of it, and every branch across blocks; the gated value and the convolution of
-each block are taken apart. All (layer, branch) pairs are shown: none is selected.
+The write is zeroed in every block, every branch of it, and every branch across blocks; the gated value and the
+convolution of each block are taken apart. All (layer, branch) pairs are shown: none is selected.
 """
 
 from __future__ import annotations

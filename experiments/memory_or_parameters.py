@@ -1,8 +1,9 @@
 """Is it memory, or are the extra parameters enough?
 
-The same weights with other content: rows shuffled inside their heads, n-grams hashed anew, one row for everything, the mean row.
-If the gain were parameters alone, these would cost as little as the memory's presence is worth without its content; whatever
-they cost beyond `optimal` is addressed content. Holds for this trained model: one trained with a single row may differ.
+The same weights with other content: rows shuffled inside their heads, n-grams hashed anew, one row for everything, the
+mean row. If the gain were parameters alone, these would cost as little as the memory's presence is worth without its
+content; whatever they cost beyond `optimal` is addressed content. Holds for this trained model: one trained with a
+single row may differ.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def plan(context: Context) -> Plan:
     return ablation_plan(context, [Condition(kind=kind) for kind in KINDS])
 
 
-def report(context: Context, frames: dict[str, pd.DataFrame]) -> Report:  # noqa: ARG001
+def report(context: Context, frames: dict[str, pd.DataFrame]) -> Report:
     """Retained fraction above chance under each content."""
     effects = effects_table(frames["items"])
     return Report({"effects": effects}, retention_figure(first_seed(effects), KINDS), headline(effects, KINDS))

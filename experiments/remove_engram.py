@@ -1,8 +1,8 @@
 """What breaks without the memory, and is it the memory's content?
 
 Every way of removing it, jointly and block by block, on every task family, beside controls of the same size. Compare
-`output_zero` (what the paper did) with `equal_norm_random` (the same shock without content), `hash_permute` (the same rows
-elsewhere), `optimal` (the least any constant can cost) and `mlp_zero` (another part of the block, as much of it).
+`output_zero` (what the paper did) with `equal_norm_random` (the same shock without content), `hash_permute` (the same
+rows elsewhere), `optimal` (the least any constant can cost) and `mlp_zero` (another part of the block, as much of it).
 """
 
 from __future__ import annotations
@@ -12,14 +12,22 @@ from pydantic import Field
 
 from engram_interp.probes.ablation import Condition, default_conditions, retention_figure
 from engram_interp.studies import Context, Plan, Report, Study, StudyConfig, main
-from engram_interp.studies.ablation import ablation_plan, effects_table, first_seed, headline, interaction_table, known_kinds
+from engram_interp.studies.ablation import (
+    ablation_plan,
+    effects_table,
+    first_seed,
+    headline,
+    interaction_table,
+    known_kinds,
+)
 
 TABLES = ("items", "effects", "interaction", "published")
 
 # arXiv 2601.07372, figure 6 (raw) and table 1 (full score), in percent; chance by the number of answers.
 PUBLISHED = (
     ("C3", "reading", 93, 63.6, 26), ("RACE-Middle", "reading", 89, 82.8, 25), ("RACE-High", "reading", 84, 78.2, 25),
-    ("DROP", "reading", 81, 59.0, 0), ("HellaSwag", "commonsense", 85, 72.7, 25), ("ARC-Challenge", "commonsense", 81, 73.8, 25),
+    ("DROP", "reading", 81, 59.0, 0), ("HellaSwag", "commonsense", 85, 72.7, 25),
+    ("ARC-Challenge", "commonsense", 81, 73.8, 25),
     ("PIQA", "commonsense", 81, 73.5, 50), ("CMMLU", "knowledge", 78, 61.9, 25), ("MMLU", "knowledge", 75, 60.4, 25),
     ("TriviaQA-ZH", "facts", 44, 76.3, 0), ("PopQA", "facts", 44, 19.4, 0), ("TriviaQA", "facts", 29, 50.7, 0),
 )  # fmt: skip

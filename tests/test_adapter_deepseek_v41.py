@@ -1,4 +1,4 @@
-"""Raw DeepSeek-V4.1 shards: a writer of the layout, an independent forward, and every way such a folder can be wrong."""
+"""Raw DeepSeek-V4.1 shards: a writer of the layout, an independent forward, and ways such a folder can be wrong."""
 
 from __future__ import annotations
 
@@ -39,9 +39,11 @@ def config_of(shape: dict, tokenizer: Tokenizer) -> dict[str, object]:
     primes = assign_primes([shape["rows"]] * (shape["max_order"] - 1), shape["heads"], len(shape["layer_ids"]))
     return {
         "model_type": "deepseek_v41", "vocab_size": tokenizer.get_vocab_size(), "hidden_size": shape["width"],
-        "num_hidden_layers": 4, "hc_mult": shape["hc_mult"], "rms_norm_eps": 1e-20, "engram_layer_ids": shape["layer_ids"],
+        "num_hidden_layers": 4, "hc_mult": shape["hc_mult"], "rms_norm_eps": 1e-20,
+        "engram_layer_ids": shape["layer_ids"],
         "engram_num_embeddings": [sum(sum(order) for order in layer) for layer in primes],
-        "engram_max_ngram_size": shape["max_order"], "engram_vocab_size": shape["rows"], "engram_n_heads": shape["heads"],
+        "engram_max_ngram_size": shape["max_order"], "engram_vocab_size": shape["rows"],
+        "engram_n_heads": shape["heads"],
         "engram_head_dim": shape["head_dim"], "engram_pad_token_id": 2,
         "engram_compressed_vocab_size": CompressedVocabulary.from_tokenizer(tokenizer).size,
     }  # fmt: skip

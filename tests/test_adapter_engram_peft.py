@@ -68,7 +68,8 @@ def write_adapter(directory: Path, shape: dict, tokenizer: Tokenizer) -> Path:
     save_file(tensors, directory / "engram_adapters.safetensors", {"format": "engram-peft"})
     config = {
         "model_type": "engram", "engine": "deepseek", "target_layers": shape["blocks"], "ngram_sizes": shape["orders"],
-        "n_head_per_ngram": shape["heads"], "engram_vocab_size_per_ngram": shape["sizes"], "embedding_dim": shape["mem"],
+        "n_head_per_ngram": shape["heads"], "engram_vocab_size_per_ngram": shape["sizes"],
+        "embedding_dim": shape["mem"],
         "hidden_size": WIDTH, "hc_mult": m, "conv_kernel_size": KERNEL, "conv_dilation": None,
         "compressed_vocab_size": CompressedVocabulary.from_tokenizer(tokenizer).size,
         "enable_tokenizer_compression": True, "pad_id": 2, "seed": 3, "layer_container_path": "model.layers",
@@ -191,7 +192,8 @@ def test_gates_and_every_ablation_that_needs_no_data_work(model: EngramPeftModel
         parameters = list(inspect.signature(kind.build).parameters.values())[1:]
         if kind.needs or kind.control or any(p.default is p.empty and p.name != "statistics" for p in parameters):
             continue
-        with ablate(model, kind.name):
+        branches = [0] if kind.name == "branches" else None
+        with ablate(model, kind.name, branches=branches):
             changed = (model(tokens) - before).abs().max()
         if changed > 1e-5:
             worked.append(kind.name)

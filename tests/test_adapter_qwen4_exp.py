@@ -31,7 +31,8 @@ def qwen_config(vocab_size: int, **changes):
         "vocab_size": vocab_size, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
         "linear_num_key_heads": 2, "linear_num_value_heads": 4, "moe_intermediate_size": 16,
-        "shared_expert_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "hc_count": 4, "hc_lowrank": 8,
+        "shared_expert_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "hc_count": 4,
+        "hc_lowrank": 8,
         "ple_layer_ids": [2], "ple_embed_dim": 32, "heads_per_ngram": 4, "ngram_size": 3, "ngram_vocab_size_base": 101,
         "make_ngram_vocab_size_divisible_by": 16, "split_ngram_parts": 4, "indexer_n_heads": 2, "indexer_kv_heads": 1,
         "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 4, "eos_token_id": EOS,
@@ -305,7 +306,8 @@ def test_gates_and_every_ablation_that_needs_no_data_work(model: Qwen4ExpModel) 
         parameters = list(inspect.signature(kind.build).parameters.values())[1:]
         if kind.needs or kind.control or any(p.default is p.empty and p.name != "statistics" for p in parameters):
             continue
-        with ablate(model, kind.name):
+        branches = [0] if kind.name == "branches" else None
+        with ablate(model, kind.name, branches=branches):
             changed = (model(tokens) - before).abs().max()
         if changed > 1e-5:
             worked.append(kind.name)

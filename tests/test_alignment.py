@@ -123,7 +123,9 @@ def test_calibrated_depth_inverts_the_null():
     assert calibrated_depth(np.array([-1.0, 2.0, 3.0, 3.5, 9.0]), rising).tolist() == [0.5, 0.5, 2.5, 3.25, 4.0]
 
 
-def layers_at(depths, rng: np.random.Generator, rotation: np.random.Generator, n: int, noise: float) -> list[np.ndarray]:
+def layers_at(
+    depths, rng: np.random.Generator, rotation: np.random.Generator, n: int, noise: float
+) -> list[np.ndarray]:
     """Representations along one path: what depth t holds moves smoothly through a basis shared by all models."""
     basis = np.random.default_rng(5).normal(size=(n, 40))
     centres = np.arange(40) / 40 * 12
@@ -148,7 +150,13 @@ def test_a_true_shift_is_claimed_and_the_sentence_states_everything():
     assert claim.allowed
     assert claim.verdict == "deeper"
     assert found.depth[3] == pytest.approx(4.6, abs=0.3)
-    for part in ("Engram layer 3 matches MoE layer 4.", "95% over documents", "methods", "2 seed pairs", "seed-null shift"):
+    for part in (
+        "Engram layer 3 matches MoE layer 4.",
+        "95% over documents",
+        "methods",
+        "2 seed pairs",
+        "seed-null shift",
+    ):
         assert part in claim.sentence
     assert f"paper's index {found.index[3]:.1f}" in claim.sentence
 
@@ -197,9 +205,7 @@ def test_half_samples_from_pseudo_values_vary_as_real_half_samples_do():
     assert weights.sum(1) == pytest.approx(np.ones(300))
     assert set((weights > 0).sum(1)) == {50}
     draws = half_sample_heatmaps(matrix.values, matrix.leave_one_out, weights)
-    real = np.stack(
-        [cka_matrix([x[w > 0]], [y[w > 0] for y in layers], companions=False).values for w in weights]
-    )
+    real = np.stack([cka_matrix([x[w > 0]], [y[w > 0] for y in layers], companions=False).values for w in weights])
     assert draws.std(0) == pytest.approx(real.std(0), rel=0.15)
     assert draws.std(0) == pytest.approx(matrix.se, rel=0.15)
     assert np.corrcoef(draws[:, 0, 0], real[:, 0, 0])[0, 1] > 0.9

@@ -15,8 +15,8 @@ from engram_interp.measure import hsic, hsic_documents
 from engram_interp.measure.cka import CKAAccumulator, cka_matrix, linear_cka, permutation_null
 
 CASES = (
-    "rational6x3", "small8", "shared64", "rotated", "anisotropic", "wide_independent", "negative", "massive_mean", "outlier_row",
-    "documents",
+    "rational6x3", "small8", "shared64", "rotated", "anisotropic", "wide_independent", "negative", "massive_mean",
+    "outlier_row", "documents",
 )  # fmt: skip
 
 
@@ -362,7 +362,9 @@ def test_undefined_values_say_why():
     assert not result.estimate.estimable
     assert any("x, y: undefined" in w for w in result.warnings)
     # Across documents the estimate of a positive quantity can be negative.
-    found = [linear_cka(draw(8, 3, s), draw(8, 3, s + 1), groups=np.arange(8) // 2, companions=False) for s in range(30)]
+    found = [
+        linear_cka(draw(8, 3, s), draw(8, 3, s + 1), groups=np.arange(8) // 2, companions=False) for s in range(30)
+    ]
     negative = [r for r in found if r.hsic_xx <= 0]
     assert negative
     assert all(np.isnan(r.value) for r in negative)

@@ -1,4 +1,4 @@
-"""Parameters and work per token: the arithmetic against built models, and the bundled configurations against each other."""
+"""Parameters and work per token: arithmetic against built models, bundled configurations against each other."""
 
 from __future__ import annotations
 

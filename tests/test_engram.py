@@ -194,10 +194,10 @@ def test_plain_gate_is_the_paper_s_equation() -> None:
 
 def test_null_gates_have_the_known_quantiles() -> None:
     generator = torch.Generator().manual_seed(5)
-    layer = build(conv_kernel=0, branches=1, width=512)
+    layer = build(conv_kernel=0, branches=1, width=256)
     layer.key_norm.fill_(1)
     layer.query_norm.fill_(1)
-    hidden, key = (torch.randn(1, 60_000, 1, 512, generator=generator).double() for _ in range(2))
+    hidden, key = (torch.randn(1, 30_000, 1, 256, generator=generator).double() for _ in range(2))
     gates = gate_of_score(layer.score(hidden, key), "signed_root").flatten()
     found = torch.quantile(gates, torch.tensor([0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99]).double())
     expected = torch.tensor([0.18, 0.22, 0.31, 0.5, 0.70, 0.78, 0.82]).double()

@@ -116,6 +116,7 @@ print("PEAK", before, peak())
 """
 
 
+@pytest.mark.slow
 def test_memory_of_the_lens_above_a_forward(shared: Path):
     run = subprocess.run(
         [sys.executable, "-c", MEMORY, str(shared / "vectors" / "tokenizer_8192.json")],

@@ -9,10 +9,19 @@ import torch
 from engram_interp.hooks import ablate
 from engram_interp.hooks.site import Site
 from engram_interp.probes.gate_credit import gate_credit, rank_correlation
-from engram_interp.probes.patching import ALL, STAGES, patch_memory, path_patch_gate, prompt_pair, stage_hook, transplant
+from engram_interp.probes.patching import (
+    ALL,
+    STAGES,
+    patch_memory,
+    path_patch_gate,
+    prompt_pair,
+    stage_hook,
+    transplant,
+)
 from engram_interp.probes.slot_effects import WHOLE, slot_effects
 
 CLEAN, CORRUPTED = "The Prince of Wales lives in", "The Prince of London lives in"  # equally many tokens
+EVEN = [(i, i) for i in (1, 4, 5, 8)]  # a shared prefix, the entity, what follows
 ANSWERS = (" London", " Paris")
 
 
@@ -31,7 +40,7 @@ def test_patching_with_itself_changes_no_bit(tiny_engram, stage):
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
 def test_stages_nest_as_the_module_computes_them(tiny_engram, direction):
-    rows = patch_memory(tiny_engram, CLEAN, CORRUPTED, ANSWERS, what=STAGES, direction=direction).rows
+    rows = patch_memory(tiny_engram, CLEAN, CORRUPTED, ANSWERS, what=STAGES, direction=direction, positions=EVEN).rows
     everywhere = rows[(rows["position"] == ALL) & (rows["block"] == 1)].set_index("stage")["effect"]
     assert everywhere["slots"] == pytest.approx(everywhere["embedding"], abs=1e-5)
     assert everywhere["key"] != 0 and everywhere["value"] != 0
@@ -94,10 +103,11 @@ def test_slot_effects_equal_the_slots_ablation(tiny_engram):
     full = tiny_engram(tokens)[0, -1].log_softmax(-1)[target]
     assert result.logprob == pytest.approx(float(full), abs=1e-5)
     mask = torch.arange(tokens.shape[1]) == 4
-    for order, head, slots in ((2, 1, [1]), (3, 2, [6]), (3, WHOLE, [4, 5, 6, 7])):
+    for wanted, head_wanted, slots in ((2, 1, [1]), (3, 2, [6]), (3, WHOLE, [4, 5, 6, 7])):
         with ablate(tiny_engram, "slots", blocks=[3], positions=mask, slots=slots):
             changed = tiny_engram(tokens)[0, -1].log_softmax(-1)[target]
-        row = result.rows.query("block == 3 and position == 4 and order == @order and head == @head").iloc[0]
+        rows = result.rows.set_index(["block", "position", "order", "head"])
+        row = rows.loc[(3, 4, wanted, head_wanted)]
         assert row["change_logprob"] == pytest.approx(float(changed - full), abs=1e-5)
     assert len(result.rows) == 2 * 2 * (8 + 2)
     assert result.figure().data[0].z.shape == (4, 2)
@@ -113,7 +123,13 @@ def test_gate_credit_measures_single_positions(tiny_engram, texts):
     full = tiny_engram(tokens)[0, place].log_softmax(-1)
     assert row["kl"] == pytest.approx(float((full.exp() * (full - without)).sum()), abs=1e-5)
     table = credit.table()
-    assert table["measure"].tolist() == ["gate_mean", "gate_branch_0", "gate_branch_1", "gated_value_norm", "write_norm"]
+    assert table["measure"].tolist() == [
+        "gate_mean",
+        "gate_branch_0",
+        "gate_branch_1",
+        "gated_value_norm",
+        "write_norm",
+    ]
     assert ((table["rho_low"] <= table["rho"]) & (table["rho"] <= table["rho_high"])).all()
 
 

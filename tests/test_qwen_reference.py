@@ -99,9 +99,9 @@ def test_outputs_and_addresses_agree(index: int, ngram_size: int, streams: int, 
     assert torch.equal(module.ngram_hash.rows_of_slots(module.ngram_hash.slots(tokens)), rows_read(layer, tokens))
     expected = layer(hidden.flatten(-2), tokens, None).unflatten(-1, (streams, 24))
     torch.testing.assert_close(module(hidden, tokens), expected, rtol=0, atol=1e-5)
-    state, pieces = EngramState.start(module, 3), []
-    for part in (slice(0, 1), slice(1, 9), slice(9, 10), slice(10, 21)):
-        pieces.append(module(hidden[:, part], tokens[:, part], state))
+    state = EngramState.start(module, 3)
+    parts = (slice(0, 1), slice(1, 9), slice(9, 10), slice(10, 21))
+    pieces = [module(hidden[:, part], tokens[:, part], state) for part in parts]
     torch.testing.assert_close(torch.cat(pieces, 1), expected, rtol=0, atol=1e-5)
 
 

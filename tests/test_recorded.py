@@ -1,7 +1,7 @@
 """The comparison with recorded runs of the demo: right recordings pass, one wrong number is found and named.
 
-Recordings of other shapes come from `record` below, a second implementation of the published formulas in plain numpy and
-Python integers that shares no code with the package.
+Recordings of other shapes come from `record` below, a second implementation of the published formulas in plain numpy
+and Python integers that shares no code with the package.
 """
 
 from __future__ import annotations

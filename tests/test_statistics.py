@@ -21,7 +21,9 @@ from engram_interp.measure.statistics import (
 )
 
 
-def clustered(rng: np.random.Generator, groups: int = 25, size: int = 8, columns: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def clustered(
+    rng: np.random.Generator, groups: int = 25, size: int = 8, columns: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
     labels = np.repeat(np.arange(groups), size)
     return rng.normal(size=(groups, columns))[labels] + rng.normal(size=(groups * size, columns)), labels
 
@@ -149,7 +151,10 @@ def test_jackknife_of_a_mean_is_its_interval():
     ("call", "message"),
     [
         (lambda rng: mean_interval(np.array([1.0, math.nan])), "found .*nan.* in row 1"),
-        (lambda rng: mean_interval(np.ones(4), np.zeros(4)), r"at least 2 documents \(groups\) for an interval, found 1"),
+        (
+            lambda rng: mean_interval(np.ones(4), np.zeros(4)),
+            r"at least 2 documents \(groups\) for an interval, found 1",
+        ),
         (lambda rng: mean_interval(np.ones(1)), "at least 2 rows for an interval, found 1"),
         (lambda rng: jackknife(1.0, np.ones(1)), "at least 2 leave-one-out values, found 1"),
     ],

@@ -1,4 +1,4 @@
-"""Training: the loss, the order, the schedule, the optimiser's groups, and a killed run that ends as if it had not been."""
+"""Training: the loss, the order, the schedule, the optimiser's groups, and a killed run that ends as any other."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +120,7 @@ def test_the_schedule_warms_up_and_follows_a_cosine(run: TrainConfig) -> None:
     assert rates[:5] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01])
     assert rates[14] == pytest.approx(0.01 * (0.1 + 0.9 * 0.5))
     assert rates[STEPS] == pytest.approx(0.001)
-    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert all(a > b for a, b in pairwise(rates[4:]))
     assert rates[9] == pytest.approx(0.01 * (0.1 + 0.45 * (1 + math.cos(math.pi / 4))))
 
 

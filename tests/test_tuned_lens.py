@@ -15,7 +15,7 @@ from engram_interp.probes.lens import Lens, logit_lens_kl
 from engram_interp.probes.lens_comparison import compare_lens
 from engram_interp.probes.tuned_lens import DESCRIPTION, WEIGHTS, TunedLensConfig, load_tuned_lens, train_tuned_lens
 
-CONFIG = TunedLensConfig(steps=60, rows=64, learning_rate=5e-3, held_out=0.25, evaluations=6)
+CONFIG = TunedLensConfig(steps=30, rows=48, learning_rate=1e-2, held_out=0.25, evaluations=6)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_training_lowers_the_held_out_kl(tiny_engram, texts, lens):
 def test_history_starts_at_the_logit_lens(tiny_engram, texts, lens):
     logit_lens = logit_lens_kl(tiny_engram, list(texts[9:]))
     np.testing.assert_allclose(lens.history[0], logit_lens.kl[:-1].mean(1), atol=1e-5)
-    assert lens.history_steps == (0, 10, 20, 30, 40, 50, 60)
+    assert lens.history_steps == (0, 5, 10, 15, 20, 25, 30)
     assert lens.history.shape == (7, tiny_engram.layers)
     means = lens.history.mean(1)
     assert lens.remaining_gain == pytest.approx((means[-2] - means[-1]) / means[-1])

@@ -49,7 +49,10 @@ def bars_figure(
         figure.add_trace(
             go.Bar(
                 x=list(groups), y=bar.value, name=bar.label,
-                error_y={"type": "data", "symmetric": False, "array": bar.high - bar.value, "arrayminus": bar.value - bar.low},
+                error_y={
+                    "type": "data", "symmetric": False,
+                    "array": bar.high - bar.value, "arrayminus": bar.value - bar.low,
+                },
                 marker={
                     "color": OKABE_ITO[i % len(OKABE_ITO)],
                     "pattern": {"shape": PATTERNS[(i + i // len(OKABE_ITO)) % len(PATTERNS)], "solidity": 0.3},
@@ -60,6 +63,10 @@ def bars_figure(
     for label, value in reference:
         figure.add_hline(y=value, line={"color": "#666666", "width": 1, "dash": "dot"}, annotation_text=label)
     figure.update_layout(
-        title={"text": title}, yaxis_title=y_title, barmode="group", margin={"l": 70, "r": 20, "t": 60, "b": 60}, height=460
+        title={"text": title},
+        yaxis_title=y_title,
+        barmode="group",
+        margin={"l": 70, "r": 20, "t": 60, "b": 60},
+        height=460,
     )
     return figure

@@ -30,7 +30,7 @@ def heatmap_figure(
     title: str,
     row_title: str,
     column_title: str,
-    curves: Mapping[str, Float[np.ndarray, " columns"]] | None = None,
+    curves: Mapping[str, Float[np.ndarray, "_"]] | None = None,
     low: Float[np.ndarray, "rows columns"] | None = None,
     high: Float[np.ndarray, "rows columns"] | None = None,
     theme: Theme = "light",

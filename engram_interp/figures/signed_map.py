@@ -37,5 +37,7 @@ def signed_map(
     # Tokens repeat, and plotly merges equal category names: number the columns and show the tokens as labels.
     figure.update_xaxes(tickmode="array", tickvals=list(range(len(columns))), ticktext=list(columns))
     figure.update_yaxes(autorange="reversed")
-    figure.update_layout(title={"text": title}, margin={"l": 120, "r": 20, "t": 60, "b": 80}, height=120 + 28 * len(rows))
+    figure.update_layout(
+        title={"text": title}, margin={"l": 120, "r": 20, "t": 60, "b": 80}, height=120 + 28 * len(rows)
+    )
     return figure

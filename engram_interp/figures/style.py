@@ -47,7 +47,7 @@ def category(index: int) -> tuple[str, str, str]:
     return OKABE_ITO[index], DASHES[index], MARKERS[index]
 
 
-def colour_at(value: float, stops: tuple[str, ...] = CIVIDIS) -> str:
+def colour_at(value: float | int, stops: tuple[str, ...] = CIVIDIS) -> str:
     """The colour of a value in [0, 1] on a scale, as #rrggbb; values outside are clipped."""
     position = min(max(value, 0.0), 1.0) * (len(stops) - 1)
     low = min(int(position), len(stops) - 2)

@@ -1,9 +1,9 @@
 """Take the memory away, in one of the ways that "remove Engram" can mean.
 
-"Removing" is a family: each kind answers another question, and zero ablation alone does not show that the memory holds a fact
-(a random vector of equal norm does three quarters of the damage of a zero on a toy). `KINDS` names them all; report at least
-zero, mean, resample, permuted hash, equal norm, and a control matched on size. Effects are totals: later layers may repair.
-Built on hook points alone, so it works on every `MemoryModel`. Cost: none beside the forward.
+"Removing" is a family: each kind answers another question, and zero ablation alone does not show that the memory holds
+a fact (a random vector of equal norm does three quarters of the damage of a zero on a toy). `KINDS` names them all;
+report at least zero, mean, resample, permuted hash, equal norm, and a control matched on size. Effects are totals:
+later layers may repair. Built on hook points alone, so it works on every `MemoryModel`. Cost: none beside the forward.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ def ablate(
 ) -> Iterator[Decoder]:
     """Change what the memory does inside a `with`, holding the model's lock; nest it to combine kinds.
 
-    Args: kind: a name in `KINDS`; blocks: 0-based, None for every block with a memory; positions: True where to act, [T] or
-        [B, T]; branches: residual streams to act on; statistics: from `collect_memory_statistics`, for the kinds that need data;
-        options: those of the kind, such as scale=0.5 (gate_scale), order=2 (keep_order), bits=4 (quantise).
+    Args: kind: a name in `KINDS`; blocks: 0-based, None for every block with a memory; positions: True where to act,
+        [T] or [B, T]; branches: residual streams to act on; statistics: from `collect_memory_statistics`, for the kinds
+        that need data; options: those of the kind, such as scale=0.5 (gate_scale), order=2 (keep_order), bits=4
+        (quantise).
     Raises: AblationError (a ValueError) for an unknown kind, block, branch or option, or a missing one.
     """
     with model.hooks(ablation_hooks(model, kind, blocks, positions, branches, statistics, options)):
@@ -78,7 +79,9 @@ def _blocks(model: Decoder, kind: Kind, blocks: Sequence[int] | None) -> tuple[i
     allowed = range(model.layers) if kind.name in {k.name for k in controls.KINDS} else memories
     chosen = memories if blocks is None else tuple(blocks)
     if not chosen:
-        raise AblationError(f"expected a model with a memory or blocks=[...], found {model.identity.name!r} without one")
+        raise AblationError(
+            f"expected a model with a memory or blocks=[...], found {model.identity.name!r} without one"
+        )
     if bad := [b for b in chosen if b not in allowed]:
         raise AblationError(f"block {bad[0]} cannot be ablated by {kind.name!r}; expected blocks among {list(allowed)}")
     return chosen

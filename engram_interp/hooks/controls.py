@@ -1,9 +1,9 @@
 """Would any lesion of that size do the same?
 
-Controls damage another part of the same block. `match=True` takes away as much as the memory writes: at every position the
-streams change by a vector of the norm of Y along the component's own write (past zero where Y is the larger of the two);
-`match=False` silences the component. Experts cannot be scaled apart, so `expert_zero` silences as many of each token's most
-probable experts as come closest to the memory's mean write.
+Controls damage another part of the same block. `match=True` takes away as much as the memory writes: at every position
+the streams change by a vector of the norm of Y along the component's own write (past zero where Y is the larger of the
+two); `match=False` silences the component. Experts cannot be scaled apart, so `expert_zero` silences as many of each
+token's most probable experts as come closest to the memory's mean write.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def _component(site: Site, part: str, match: bool, statistics: MemoryStatistics 
     if not site.has(name):
         raise AblationError(f"expected a model with the hook point {name}, found none")
     if not match:
-        return [(name, lambda old, hook: site.put(old, old.new_zeros(()), branched=False))]  # noqa: ARG005
+        return [(name, lambda old, hook: site.put(old, old.new_zeros(()), branched=False))]
     fitted = _matched_block(site, statistics)
     gain = fitted.attn_gain if part == "attn" else fitted.mlp_gain
     if not math.isfinite(gain):
         raise AblationError(f"block {site.block}: the size of the {part} write could not be measured; use match=False")
     seen: dict[str, Tensor] = {}
 
-    def reduce(old: Tensor, hook: HookPoint) -> Tensor:  # noqa: ARG001
+    def reduce(old: Tensor, hook: HookPoint) -> Tensor:
         size = seen.pop("write").flatten(2).norm(dim=2).unsqueeze(-1)
         norm = old.norm(dim=-1, keepdim=True) * gain
         return site.put(old, old * (1 - size / norm.clamp_min(torch.finfo(old.dtype).tiny)), branched=False)
@@ -48,10 +48,8 @@ def _component(site: Site, part: str, match: bool, statistics: MemoryStatistics 
     return [(site.write, capture(seen, "write")), (name, reduce)]
 
 
-def expert_zero(
-    site: Site, *, experts: int | None = None, statistics: MemoryStatistics | None = None
-) -> list[Hook]:
-    """The most probable routed experts of every token silenced: `experts` of them, or the number nearest in size to Y."""
+def expert_zero(site: Site, *, experts: int | None = None, statistics: MemoryStatistics | None = None) -> list[Hook]:
+    """The most probable routed experts of every token silenced: `experts` of them, or as many as match Y."""
     name = f"blocks.{site.block}.mlp.hook_expert_weights"
     if not site.has(name):
         raise AblationError(f"expected a mixture of experts with the hook point {name}, found none")
@@ -62,7 +60,7 @@ def expert_zero(
         gaps = [abs(size - fitted.write_norm) for size in fitted.expert_sizes]
         experts = 1 + gaps.index(min(gaps))
 
-    def silence(old: Tensor, hook: HookPoint) -> Tensor:  # noqa: ARG001
+    def silence(old: Tensor, hook: HookPoint) -> Tensor:
         if not 1 <= experts <= old.shape[-1]:
             raise AblationError(f"expected experts in [1, {old.shape[-1]}], found {experts}")
         gone = torch.arange(old.shape[-1], device=old.device) < experts
@@ -82,5 +80,12 @@ def _matched_block(site: Site, statistics: MemoryStatistics | None) -> BlockStat
 KINDS = (
     Kind("attn_zero", attn_zero, "off", "scale of a generic lesion of the same block", branched=False, control=True),
     Kind("mlp_zero", mlp_zero, "off", "scale of a generic lesion of the same block", branched=False, control=True),
-    Kind("expert_zero", expert_zero, "off", "scale of a lesion of the experts, the other sparse memory", branched=False, control=True),
+    Kind(
+        "expert_zero",
+        expert_zero,
+        "off",
+        "scale of a lesion of the experts, the other sparse memory",
+        branched=False,
+        control=True,
+    ),
 )

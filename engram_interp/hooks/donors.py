@@ -1,7 +1,7 @@
 """Which stand-in does a position get?
 
-Resampling and random directions need a choice per position that is random in its content, the same in every batch and every
-run, and different between seeds: a 63-bit hash of the position's own slots, its place in the text, and the seed.
+Resampling and random directions need a choice per position that is random in its content, the same in every batch and
+every run, and different between seeds: a 63-bit hash of the position's own slots, its place in the text, and the seed.
 """
 
 from __future__ import annotations

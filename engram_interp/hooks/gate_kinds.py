@@ -1,8 +1,8 @@
 """What does the gate decide?
 
-The gate scales the value of each branch; the convolution sees RMSNorm of the gated value, so a small gate leaves most of the
-conv path (a tenth of the gate leaves about three quarters of its norm) and only gate = 0 removes it. Effects against the gate's
-scale are therefore not continuous at 0.
+The gate scales the value of each branch; the convolution sees RMSNorm of the gated value, so a small gate leaves most
+of the conv path (a tenth of the gate leaves about three quarters of its norm) and only gate = 0 removes it. Effects
+against the gate's scale are therefore not continuous at 0.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from engram_interp.shapes import Tensor
 
 
 def _constant_gate(site: Site, value: float | Tensor) -> list[Hook]:
-    def gate(old: Tensor, hook: object) -> Tensor:  # noqa: ARG001
+    def gate(old: Tensor, hook: object) -> Tensor:
         new = value.to(old.device) if isinstance(value, Tensor) else old.new_tensor(value)
         return site.put(old, new, branched=True)
 
@@ -41,7 +41,7 @@ def gate_scale(site: Site, *, scale: float) -> list[Hook]:
     """Gate times `scale`; 1 changes no bit."""
     if not (math.isfinite(scale) and scale >= 0):
         raise AblationError(f"expected a finite scale >= 0, found {scale}")
-    return [(site.inside("gate"), lambda old, hook: site.put(old, old * scale, branched=True))]  # noqa: ARG005
+    return [(site.inside("gate"), lambda old, hook: site.put(old, old * scale, branched=True))]
 
 
 KINDS = (

@@ -1,10 +1,10 @@
 """How little does removing the memory cost, if the constant put in its place is the best one?
 
 Optimal ablation (Li & Janson, arXiv 2409.09951): one vector per Engram layer, all fitted together, that minimises the
-next-token loss of the ablated model. Zero, mean and resampled writes add harm of their own by misleading later layers; this is
-the lower bound of what the memory's information is worth. Cost: one forward and backward over the texts per step. Misleads when
-fitted on few texts: judge it on others. Starts at the mean write and keeps the best step, so on the fitted texts it is never
-worse than mean ablation.
+next-token loss of the ablated model. Zero, mean and resampled writes add harm of their own by misleading later layers;
+this is the lower bound of what the memory's information is worth. Cost: one forward and backward over the texts per
+step. Misleads when fitted on few texts: judge it on others. Starts at the mean write and keeps the best step, so on the
+fitted texts it is never worse than mean ablation.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import replace
 
 import torch
 
-from engram_interp.hooks.statistics import MemoryStatistics
 from engram_interp.hooks.site import Site
+from engram_interp.hooks.statistics import MemoryStatistics
 from engram_interp.hooks.write_kinds import replace_write
 from engram_interp.models.protocol import MemoryModel
 from engram_interp.models.text import windows
@@ -38,7 +38,9 @@ def fit_optimal_constants(
     """
     chosen = tuple(statistics.blocks) if blocks is None else tuple(blocks)
     if not texts or any(b not in statistics.blocks for b in chosen):
-        raise ValueError(f"expected texts and blocks among {list(statistics.blocks)}, found {len(texts)} texts, {list(chosen)}")
+        raise ValueError(
+            f"expected texts and blocks among {list(statistics.blocks)}, found {len(texts)} texts, {list(chosen)}"
+        )
     tokens = [window.tokens for text in texts for window in windows(model, text)]
     constants = {b: statistics.blocks[b].write_mean.clone().requires_grad_() for b in chosen}
     groups = [

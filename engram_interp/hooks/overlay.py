@@ -3,7 +3,8 @@
 An overlay is a small file of table rows: at run time they are read instead of the table's own. It names the weights it
 was made for (SHA-256) and is refused by any other model, because row numbers mean nothing elsewhere.
 
-File: safetensors with `blocks.{i}.rows` int64 [n] and `blocks.{i}.values` float32 [n, head]; metadata are plain strings.
+File: safetensors with `blocks.{i}.rows` int64 [n] and `blocks.{i}.values` float32 [n, head]; metadata are plain
+strings.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def edit_hooks(site: Site, edit: RowEdit) -> list[Hook]:
     seen: dict[str, Tensor] = {}
     ngram_hash = site.memory.ngram_hash  # type: ignore[attr-defined]
 
-    def replace(embedding: Tensor, hook: object) -> Tensor:  # noqa: ARG001
+    def replace(embedding: Tensor, hook: object) -> Tensor:
         read = ngram_hash.rows_of_slots(seen.pop("slots"))
         edited = edit.rows.to(read.device)
         index = torch.searchsorted(edited, read).clamp_max(len(edited) - 1)
@@ -89,9 +90,13 @@ def _check(model: MemoryModel, block: int, edit: RowEdit) -> None:
     count, width = model.engram(block).table.weight.shape  # type: ignore[attr-defined]
     ascending = bool((edit.rows[1:] > edit.rows[:-1]).all())
     if not len(edit.rows) or not ascending or int(edit.rows[0]) < 0 or int(edit.rows[-1]) >= count:
-        raise OverlayError(f"block {block}: expected distinct ascending rows in [0, {count}), found {edit.rows[:4].tolist()}")
+        raise OverlayError(
+            f"block {block}: expected distinct ascending rows in [0, {count}), found {edit.rows[:4].tolist()}"
+        )
     if edit.values.shape != (len(edit.rows), width) or not edit.values.isfinite().all():
-        raise OverlayError(f"block {block}: expected finite values [{len(edit.rows)}, {width}], found {list(edit.values.shape)}")
+        raise OverlayError(
+            f"block {block}: expected finite values [{len(edit.rows)}, {width}], found {list(edit.values.shape)}"
+        )
 
 
 def save_overlay(overlay: Overlay, path: Path) -> None:

@@ -1,8 +1,9 @@
 """Is it the content of the rows, and which rows?
 
-These kinds change what is read from the table: nothing at all, other rows of the same table, some orders, heads or slots,
-coarser rows, or fewer of them. The checkpoint is never changed: rows are altered on their way out of the table, which is exact
-because a row's rounding or removal depends on that row alone. Acts before the branches part, so it has no `branches`.
+These kinds change what is read from the table: nothing at all, other rows of the same table, some orders, heads or
+slots, coarser rows, or fewer of them. The checkpoint is never changed: rows are altered on their way out of the table,
+which is exact because a row's rounding or removal depends on that row alone. Acts before the branches part, so it has
+no `branches`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _MASK63 = 2**63 - 1
 
 def embedding_zero(site: Site) -> list[Hook]:
     """e = 0; with biases the write is not zero then."""
-    return [(site.inside("embedding"), lambda old, hook: site.put(old, old.new_zeros(()), branched=False))]  # noqa: ARG005
+    return [(site.inside("embedding"), lambda old, hook: site.put(old, old.new_zeros(()), branched=False))]
 
 
 def hash_permute(site: Site, *, seed: int = 0, inverse: bool = False) -> list[Hook]:
@@ -43,7 +44,7 @@ def hash_permute(site: Site, *, seed: int = 0, inverse: bool = False) -> list[Ho
         factor = back
     a, b, p = (torch.tensor(v, dtype=torch.int64) for v in (factor, shift, sizes))
 
-    def permute(slots: Tensor, hook: HookPoint) -> Tensor:  # noqa: ARG001
+    def permute(slots: Tensor, hook: HookPoint) -> Tensor:
         on = slots.device
         return site.put(slots, (slots * a.to(on) + b.to(on)) % p.to(on), branched=False)
 
@@ -53,14 +54,15 @@ def hash_permute(site: Site, *, seed: int = 0, inverse: bool = False) -> list[Ho
 def hash_reseed(site: Site, *, seed: int = 0) -> list[Hook]:
     """Every n-gram reads other rows, drawn anew by `seed`, with collisions of its own.
 
-    The K slots of an order name its n-gram (their primes are coprime), so a hash of them is a hash of the n-gram under another seed.
+    The K slots of an order name its n-gram (their primes are coprime), so a hash of them is a hash of the n-gram under
+    another seed.
     """
     ngram_hash = site.memory.ngram_hash  # type: ignore[attr-defined]
     k, p = ngram_hash.heads, torch.tensor(ngram_hash.sizes, dtype=torch.int64)
     draws = np.random.default_rng((seed, site.block, 1)).integers(0, 2**62, size=(len(p), k + 1), dtype=np.int64)
     factors = torch.from_numpy(draws * 2 + 1)
 
-    def reseed(slots: Tensor, hook: HookPoint) -> Tensor:  # noqa: ARG001
+    def reseed(slots: Tensor, hook: HookPoint) -> Tensor:
         on = slots.device
         of_order = slots.unflatten(-1, (-1, k)).repeat_interleave(k, dim=-2)
         key = ((of_order + 1) * factors[:, :k].to(on)).sum(-1)
@@ -73,13 +75,13 @@ def hash_reseed(site: Site, *, seed: int = 0) -> list[Hook]:
 def one_row(site: Site, *, row: int = 0) -> list[Hook]:
     """Every position reads the same row of each head: a table of capacity one."""
     check_choice("row", [row], range(min(site.memory.ngram_hash.sizes)))  # type: ignore[attr-defined]
-    return [(site.inside("slots"), lambda old, hook: site.put(old, old.new_full((), row), branched=False))]  # noqa: ARG005
+    return [(site.inside("slots"), lambda old, hook: site.put(old, old.new_full((), row), branched=False))]
 
 
 def mean_row(site: Site, *, statistics: MemoryStatistics) -> list[Hook]:
     """Every position reads the mean of what was read on the fitted texts."""
     mean = statistics.blocks[site.block].embedding_mean
-    return [(site.inside("embedding"), lambda old, hook: site.put(old, mean.to(old.device), branched=False))]  # noqa: ARG005
+    return [(site.inside("embedding"), lambda old, hook: site.put(old, mean.to(old.device), branched=False))]
 
 
 def keep_order(
@@ -121,7 +123,9 @@ def slots(
     return _drop_slots(site, chosen, replace, statistics)
 
 
-def _drop_slots(site: Site, lost: Sequence[int], replace: Replacement, statistics: MemoryStatistics | None) -> list[Hook]:
+def _drop_slots(
+    site: Site, lost: Sequence[int], replace: Replacement, statistics: MemoryStatistics | None
+) -> list[Hook]:
     if replace not in ("zero", "mean"):
         raise AblationError(f"expected replace to be 'zero' or 'mean', found {replace!r}")
     if replace == "mean" and statistics is None:
@@ -130,7 +134,7 @@ def _drop_slots(site: Site, lost: Sequence[int], replace: Replacement, statistic
     gone = torch.zeros(count, dtype=torch.bool)
     gone[list(lost)] = True
 
-    def drop(old: Tensor, hook: HookPoint) -> Tensor:  # noqa: ARG001
+    def drop(old: Tensor, hook: HookPoint) -> Tensor:
         stand_in = old.new_zeros(old.shape[-1])
         if replace == "mean" and statistics is not None:
             stand_in = statistics.blocks[site.block].embedding_mean.to(old)
@@ -140,10 +144,8 @@ def _drop_slots(site: Site, lost: Sequence[int], replace: Replacement, statistic
     return [(site.inside("embedding"), drop)]
 
 
-def quantise_rows(
-    rows: Float[Tensor, "*any head"], bits: int, block: int | None = None
-) -> Float[Tensor, "*any head"]:
-    """Round rows to 2^bits - 1 symmetric levels, one scale (the largest magnitude) per row or per `block` columns of it."""
+def quantise_rows(rows: Float[Tensor, "*any head"], bits: int, block: int | None = None) -> Float[Tensor, "*any head"]:
+    """Round rows to 2^bits - 1 symmetric levels, one scale (largest magnitude) per row or per `block` columns."""
     top = 2 ** (bits - 1) - 1
     groups = rows.unflatten(-1, (-1, block or rows.shape[-1]))
     scale = groups.abs().amax(-1, keepdim=True) / top
@@ -157,7 +159,7 @@ def quantise(site: Site, *, bits: int, per: Literal["row", "block"] = "row", blo
         raise AblationError(f"expected bits 8, 4, 3 or 2 and per 'row' or 'block', found {bits} and {per!r}")
     count = len(site.memory.ngram_hash.sizes)  # type: ignore[attr-defined]
 
-    def round_rows(old: Tensor, hook: HookPoint) -> Tensor:  # noqa: ARG001
+    def round_rows(old: Tensor, hook: HookPoint) -> Tensor:
         rows = old.unflatten(-1, (count, -1))
         if per == "block" and rows.shape[-1] % block:
             raise AblationError(f"expected a block that divides the row width {rows.shape[-1]}, found {block}")
@@ -167,7 +169,9 @@ def quantise(site: Site, *, bits: int, per: Literal["row", "block"] = "row", blo
     return [(site.inside("embedding"), round_rows)]
 
 
-def rows_kept(site: Site, fraction: float, by: PruneRule, seed: int, statistics: MemoryStatistics | None) -> Bool[Tensor, " rows"]:
+def rows_kept(
+    site: Site, fraction: float, by: PruneRule, seed: int, statistics: MemoryStatistics | None
+) -> Bool[Tensor, " rows"]:
     """Which rows survive when `fraction` of a table is pruned: smallest norm first, least used first, or at random.
 
     Ties (rows never read) are broken at random, so that no head loses more than its share by its place in the table.
@@ -197,7 +201,7 @@ def prune_rows(
     """A fraction of the table's rows reads as zero."""
     kept, seen = rows_kept(site, fraction, by, seed, statistics), {}
 
-    def prune(old: Tensor, hook: HookPoint) -> Tensor:  # noqa: ARG001
+    def prune(old: Tensor, hook: HookPoint) -> Tensor:
         rows = site.memory.ngram_hash.rows_of_slots(seen.pop("slots"))  # type: ignore[attr-defined]
         alive = kept.to(old.device)[rows].repeat_interleave(old.shape[-1] // rows.shape[-1], dim=-1)
         return site.put(old, old.where(alive, 0.0), branched=False)
@@ -209,7 +213,13 @@ KINDS = (
     Kind("embedding_zero", embedding_zero, "off", "as output_zero, with what the biases write kept", branched=False),
     Kind("hash_permute", hash_permute, "marginal on", "content of the rows, apart from their presence", branched=False),
     Kind("hash_reseed", hash_reseed, "marginal on", "content of the rows, with other collisions", branched=False),
-    Kind("one_row", one_row, "partly on", "is it memory, or the extra parameters of a read that never changes", branched=False),
+    Kind(
+        "one_row",
+        one_row,
+        "partly on",
+        "is it memory, or the extra parameters of a read that never changes",
+        branched=False,
+    ),
     Kind("mean_row", mean_row, "mean on", "what the rows say beyond their average", ("statistics",), branched=False),
     Kind("keep_order", keep_order, "partly on", "which n-gram order carries it", branched=False),
     Kind("heads", heads, "off (zero) or partly on (mean)", "how redundant the hash heads are", branched=False),

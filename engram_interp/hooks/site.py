@@ -1,7 +1,8 @@
 """Where does an intervention act: which block, which positions, which branches?
 
 A `Site` names the hook points of one block and puts a replacement only where it was asked for; everywhere else the old
-values pass through untouched, bit for bit. Every kind of ablation is a function from a site to (hook name, function) pairs.
+values pass through untouched, bit for bit. Every kind of ablation is a function from a site to (hook name, function)
+pairs.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class Site:
         """
         module = self.model.engram(self.block)  # type: ignore[attr-defined]
         if not hasattr(module, "ngram_hash"):
-            raise AblationError(f"block {self.block}: expected a memory that shows its hash, found {type(module).__name__}")
+            raise AblationError(
+                f"block {self.block}: expected a memory that shows its hash, found {type(module).__name__}"
+            )
         return module
 
     def put(self, old: Shaped[Tensor, "B T *rest"], new: Shaped[Tensor, "..."], *, branched: bool) -> Tensor:
@@ -67,16 +70,18 @@ class Site:
         if branched and self.branches is not None:
             chosen = self._branch_mask(old)
             mask = chosen if mask is None else mask & chosen
+        if branched and new.ndim == old.ndim == 4 and old.shape[2] == 1:
+            new = new.sum(dim=2, keepdim=True)  # branches that share one residual stream are summed into it
         new = new.to(old.dtype).expand_as(old)
         return new if mask is None else new.where(mask, old)
 
     def _position_mask(self, old: Tensor) -> Tensor:
         mask = self.positions
-        assert mask is not None  # noqa: S101 - checked by the caller
+        assert mask is not None
         mask = mask if mask.ndim == 2 else mask.unsqueeze(0)
         if mask.shape[1] != old.shape[1] or mask.shape[0] not in (1, old.shape[0]):
             raise AblationError(
-                f"expected a position mask [{old.shape[1]}] or [{old.shape[0]}, {old.shape[1]}], found {list(mask.shape)}"
+                f"expected a position mask [{old.shape[1]}] or {list(old.shape[:2])}, found {list(mask.shape)}"
             )
         return mask.to(old.device).reshape(*mask.shape, *(1,) * (old.ndim - 2))
 
@@ -94,8 +99,8 @@ class Site:
 class Kind:
     """One way to take the memory away.
 
-    `distribution` says whether the rest of the model meets values it was trained on; `question` what the result answers;
-    `needs` which fitted statistics it cannot do without; `branched` whether it acts after the branches part.
+    `distribution` says whether the rest of the model meets values it was trained on; `question` what the result
+    answers; `needs` which fitted statistics it cannot do without; `branched` whether it acts after the branches part.
     """
 
     name: str
@@ -110,7 +115,7 @@ class Kind:
 def capture(store: dict[str, Tensor], key: str) -> HookFunction:
     """A hook that remembers what passes and changes nothing."""
 
-    def keep(value: Tensor, hook: HookPoint) -> None:  # noqa: ARG001
+    def keep(value: Tensor, hook: HookPoint) -> None:
         store[key] = value
 
     return keep

@@ -1,9 +1,10 @@
 """What does the memory usually write, gate and read?
 
-Fitted once on texts that are not evaluated, then frozen: the constants that mean, gate-mean and order ablations put in place
-of the memory, donors for resampling, how often each row is read, and how large the write is beside attention, experts and MLP.
-Cost: one forward per text, plus a few on the first text. The start token is excluded. Misleads when the texts are unlike the
-evaluated ones (the mean is then off distribution), or are the evaluated ones (a donor may be the item's own document).
+Fitted once on texts that are not evaluated, then frozen: the constants that mean, gate-mean and order ablations put in
+place of the memory, donors for resampling, how often each row is read, and how large the write is beside attention,
+experts and MLP. Cost: one forward per text, plus a few on the first text. The start token is excluded. Misleads when
+the texts are unlike the evaluated ones (the mean is then off distribution), or are the evaluated ones (a donor may be
+the item's own document).
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from engram_interp.shapes import Float, Int64, Tensor
 class BlockStatistics:
     """What one memory does on average. Norms are over all branches together, in residual units.
 
-    `donors` are writes sampled evenly over the texts; `use` counts reads of each row; `attn_gain` and `mlp_gain` convert the
-    norm of those outputs to the norm of the change of the streams (NaN where the model has no such hook points);
-    `expert_sizes[j]` is the mean change of the streams when the j+1 most probable experts of each token are silenced.
+    `donors` are writes sampled evenly over the texts; `use` counts reads of each row; `attn_gain` and `mlp_gain`
+    convert the norm of those outputs to the norm of the change of the streams (NaN where the model has no such hook
+    points); `expert_sizes[j]` is the mean change of the streams when the j+1 most probable experts of each token are
+    silenced.
     """
 
     write_mean: Float[Tensor, "M D"]
@@ -85,8 +87,8 @@ def collect_memory_statistics(
 ) -> MemoryStatistics:
     """Fit the statistics that data-dependent ablations need.
 
-    Args: texts: documents that will not be evaluated; donors: writes kept per block for resampling, about equally many from
-        each text; seed: which positions become donors.
+    Args: texts: documents that will not be evaluated; donors: writes kept per block for resampling, about equally many
+        from each text; seed: which positions become donors.
     Raises: ValueError for a model without a memory, no texts, or an empty text.
     """
     if not model.engram_layers:
@@ -148,7 +150,7 @@ def _gain(site: Site, tokens: Tensor, output: str, after: str) -> float:
     output, after = f"blocks.{site.block}.{output}", f"blocks.{site.block}.{after}"
     if not (site.has(output) and site.has(after)):
         return float("nan")
-    change = _change(site, tokens, (output, lambda value, hook: torch.zeros_like(value)), after)  # noqa: ARG005
+    change = _change(site, tokens, (output, lambda value, hook: torch.zeros_like(value)), after)
     _, cache = site.model.run_with_cache(tokens, [output])
     norms = cache[output].flatten(2).norm(dim=2)
     return float(change.sum() / norms.sum()) if float(norms.sum()) else float("nan")
@@ -162,6 +164,6 @@ def _expert_sizes(site: Site, tokens: Tensor) -> tuple[float, ...]:
     sizes = []
     for count in range(1, cache[weights].shape[-1] + 1):
         keep = torch.arange(cache[weights].shape[-1]) >= count
-        lesion = (weights, lambda value, hook, keep=keep: value * keep.to(value))  # noqa: ARG005
+        lesion = (weights, lambda value, hook, keep=keep: value * keep.to(value))
         sizes.append(float(_change(site, tokens, lesion, after).mean()))
     return tuple(sizes)

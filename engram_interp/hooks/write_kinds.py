@@ -1,7 +1,7 @@
 """What if the memory wrote something else, or only one of its two paths?
 
-Y = u + SiLU(Conv(RMSNorm(u))) is what a memory adds to the streams. These kinds replace Y, or keep one path of it. The conv
-path sees normalised values and so is not scaled by the gate: attribution must split the paths.
+Y = u + SiLU(Conv(RMSNorm(u))) is what a memory adds to the streams. These kinds replace Y, or keep one path of it. The
+conv path sees normalised values and so is not scaled by the gate: attribution must split the paths.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _DIRECTIONS = 512  # fixed random directions to choose from; enough that few pos
 def replace_write(site: Site, constant: Float[Tensor, "M D"] | None) -> list[Hook]:
     """Y becomes one constant (None: zero)."""
 
-    def write(value: Tensor, hook: HookPoint) -> Tensor:  # noqa: ARG001
+    def write(value: Tensor, hook: HookPoint) -> Tensor:
         new = value.new_zeros(()) if constant is None else constant.to(value.device)
         return site.put(value, new, branched=True)
 
@@ -49,7 +49,9 @@ def optimal(site: Site, *, statistics: MemoryStatistics) -> list[Hook]:
     """Y = the constant that hurts least (Li & Janson 2024)."""
     constant = statistics.blocks[site.block].optimal
     if constant is None:
-        raise AblationError(f"block {site.block}: no fitted constant; call fit_optimal_constants on these statistics first")
+        raise AblationError(
+            f"block {site.block}: no fitted constant; call fit_optimal_constants on these statistics first"
+        )
     return replace_write(site, constant)
 
 
@@ -57,7 +59,7 @@ def resample(site: Site, *, statistics: MemoryStatistics, seed: int = 0) -> list
     """Y = the write at a position of another document."""
     donors, seen = statistics.blocks[site.block].donors, {}
 
-    def write(value: Tensor, hook: HookPoint) -> Tensor:  # noqa: ARG001
+    def write(value: Tensor, hook: HookPoint) -> Tensor:
         chosen = choose_donors(seen.pop("slots"), len(donors), seed)
         return site.put(value, donors.to(value.device)[chosen], branched=True)
 
@@ -68,7 +70,7 @@ def equal_norm_random(site: Site, *, seed: int = 0) -> list[Hook]:
     """Y = a random direction with the norm Y had, branch by branch."""
     seen: dict[str, Tensor] = {}
 
-    def write(value: Tensor, hook: HookPoint) -> Tensor:  # noqa: ARG001
+    def write(value: Tensor, hook: HookPoint) -> Tensor:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + site.block)
         bank = torch.randn(_DIRECTIONS, *value.shape[2:], generator=generator)
         bank = (bank / bank.norm(dim=-1, keepdim=True)).to(value)
@@ -81,7 +83,7 @@ def equal_norm_random(site: Site, *, seed: int = 0) -> list[Hook]:
 def conv_off(site: Site) -> list[Hook]:
     """Y = u: the gated value alone."""
     _require_conv(site)
-    return [(site.inside("conv_out"), lambda value, hook: site.put(value, value.new_zeros(()), branched=True))]  # noqa: ARG005
+    return [(site.inside("conv_out"), lambda value, hook: site.put(value, value.new_zeros(()), branched=True))]
 
 
 def gated_off(site: Site) -> list[Hook]:
@@ -89,7 +91,7 @@ def gated_off(site: Site) -> list[Hook]:
     _require_conv(site)
     seen: dict[str, Tensor] = {}
 
-    def write(value: Tensor, hook: HookPoint) -> Tensor:  # noqa: ARG001
+    def write(value: Tensor, hook: HookPoint) -> Tensor:
         return site.put(value, seen.pop("conv"), branched=True)
 
     return [(site.inside("conv_out"), capture(seen, "conv")), (site.write, write)]
@@ -102,14 +104,29 @@ def _require_conv(site: Site) -> None:
 
 
 KINDS = (
-    Kind("output_zero", output_zero, "off (the paper's stress test)", "total necessity, plus the shock of a missing write"),
+    Kind(
+        "output_zero",
+        output_zero,
+        "off (the paper's stress test)",
+        "total necessity, plus the shock of a missing write",
+    ),
     Kind("branches", branches, "off", "which residual stream needs the memory"),
     Kind("mean", mean, "mean on, joint off", "information in the write, apart from its offset", ("statistics",)),
     Kind("optimal", optimal, "joint off, least harm", "lower bound of the information lost", ("statistics",)),
     Kind(
-        "resample", resample, "marginal on, joint off: misinforms", "upper bound of harm by wrong content", ("statistics",)
+        "resample",
+        resample,
+        "marginal on, joint off: misinforms",
+        "upper bound of harm by wrong content",
+        ("statistics",),
     ),
-    Kind("equal_norm_random", equal_norm_random, "off", "is it the direction of the write, or only its size", control=True),
+    Kind(
+        "equal_norm_random",
+        equal_norm_random,
+        "off",
+        "is it the direction of the write, or only its size",
+        control=True,
+    ),
     Kind("conv_off", conv_off, "off", "what the convolution path carries"),
     Kind("gated_off", gated_off, "off", "what the directly gated value carries"),
 )

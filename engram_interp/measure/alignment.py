@@ -75,13 +75,20 @@ def profile_match(
     distance: .5 to 1.9).
     Raises: ValueError for shapes that do not belong together, or a non-finite heat map.
     """
-    _check(similarity)
-    _check(baseline_self)
     if baseline_self.shape != (len(similarity), len(similarity)):
         raise ValueError(
             f"expected the baseline's own heat map with {len(similarity)} rows and columns, found {baseline_self.shape}"
         )
-    return parabola_argmax(_unit(baseline_self).T @ _unit(similarity))
+    return profile_match_draws(similarity[None], baseline_self[None])[0]
+
+
+def profile_match_draws(
+    similarity: Float[np.ndarray, "samples i j"], baseline_self: Float[np.ndarray, "samples i i2"]
+) -> Float[np.ndarray, "samples j"]:
+    """`profile_match` of many half-samples at once, each against its own baseline heat map."""
+    samples, _, columns = similarity.shape
+    cosine = np.swapaxes(_unit(baseline_self), 1, 2) @ _unit(similarity)
+    return parabola_argmax(np.moveaxis(cosine, 0, 1).reshape(cosine.shape[1], -1)).reshape(samples, columns)
 
 
 def calibrated_depth(index: Float[np.ndarray, " j"], null_index: Float[np.ndarray, " m"]) -> Float[np.ndarray, " j"]:
@@ -166,7 +173,7 @@ def shift_band(
 
 
 def _unit(columns: np.ndarray) -> np.ndarray:
-    norm = np.linalg.norm(columns, axis=0)
+    norm = np.linalg.norm(columns, axis=-2, keepdims=True)
     return columns / np.where(norm > 0, norm, 1.0)
 
 

@@ -21,6 +21,7 @@ from engram_interp.measure.alignment import (
     half_sample_heatmaps,
     parabola_argmax,
     profile_match,
+    profile_match_draws,
     shift_band,
     soft_alignment,
 )
@@ -96,8 +97,7 @@ def seed_pair_evidence(
             f"found {null[0].shape[1]}: its index at the same depth is the null"
         )
     draws, self_draws, null_draws = (half_sample_heatmaps(*m, weights) for m in (heatmap, baseline_self, null))
-    depths = np.stack([profile_match(s, own) for s, own in zip(draws, self_draws, strict=True)])
-    null_depths = np.stack([profile_match(s, own) for s, own in zip(null_draws, self_draws, strict=True)])
+    depths, null_depths = profile_match_draws(draws, self_draws), profile_match_draws(null_draws, self_draws)
     depth, null_depth = profile_match(heatmap[0], baseline_self[0]), profile_match(null[0], baseline_self[0])
     low, high = np.quantile(depths, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return SeedPairEvidence(

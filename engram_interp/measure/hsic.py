@@ -80,7 +80,8 @@ def permuted_cka(
     """
     n = len(layers_a[0])
     grams_a, grams_b = (
-        torch.stack([_u_centred(x, _off_diagonal_sums(x), slice(0, n)) for x in layers]) for layers in (layers_a, layers_b)
+        torch.stack([_u_centred(x, _off_diagonal_sums(x), slice(0, n)) for x in layers])
+        for layers in (layers_a, layers_b)
     )
     aa, bb = grams_a.square().sum((1, 2)), grams_b.square().sum((1, 2))
     flat = grams_a.flatten(1)

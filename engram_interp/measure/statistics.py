@@ -50,7 +50,7 @@ class Estimate:
         """Whether there is a number at all."""
         return not self.reason
 
-    def excludes(self, value: float) -> bool:
+    def excludes(self, value: float | int) -> bool:
         """Whether the interval lies wholly on one side of `value`."""
         return self.estimable and not (self.low <= value <= self.high)
 
@@ -82,7 +82,7 @@ class Band:
     n: int
     level: float = LEVEL
 
-    def excludes(self, value: float = 0.0) -> Shaped[np.ndarray, " columns"]:
+    def excludes(self, value: float | int = 0) -> Shaped[np.ndarray, " columns"]:
         """Which columns differ from `value`, with the error rate controlled over all columns together."""
         return (self.low > value) | (self.high < value)
 
@@ -104,7 +104,7 @@ class RetainedFraction:
     difference: Estimate
     full: Estimate
     ablated: Estimate
-    chance: float
+    chance: float | int
 
     @property
     def estimable(self) -> bool:
@@ -215,7 +215,7 @@ def retained_fraction(
     groups: Shaped[np.ndarray, " n"] | None = None,
     *,
     rng: np.random.Generator,
-    chance: float = 0.0,
+    chance: float | int = 0.0,
     resamples: int = RESAMPLES,
     level: float = LEVEL,
 ) -> RetainedFraction:

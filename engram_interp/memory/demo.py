@@ -1,8 +1,9 @@
 """Which of our parameters is which in the published demo?
 
-The reference demo of arXiv 2601.07372 keeps one module per branch (`key_projs.{m}`, `norm1.{m}` for keys, `norm2.{m}` for
-queries) and a grouped `Conv1d`; here the branches are an axis. The translation is strict in both directions: a missing, extra
-or misshaped tensor is an error, never a silently different layer. Misleads: `norm1` is the key's norm, `norm2` the query's.
+The reference demo of arXiv 2601.07372 keeps one module per branch (`key_projs.{m}`, `norm1.{m}` for keys, `norm2.{m}`
+for queries) and a grouped `Conv1d`; here the branches are an axis. The translation is strict in both directions: a
+missing, extra or misshaped tensor is an error, never a silently different layer. Misleads: `norm1` is the key's norm,
+`norm2` the query's.
 """
 
 from __future__ import annotations

@@ -46,7 +46,10 @@ class NgramCounts(Protocol):
     one.
     """
 
-    tokens: int
+    @property
+    def tokens(self) -> int:
+        """Tokens of the corpus."""
+        ...
 
     def parts(self, order: int) -> Iterator[NgramTable]:
         """The distinct n-grams of an order, in parts that fit into memory."""

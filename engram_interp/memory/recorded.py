@@ -1,10 +1,11 @@
 """Does this code compute what the published demo computed?
 
-A recording is two files of one stem: `.json` (the demo's configuration) and `.npz` (per layer L: `L{L}.hash_ids`, `multipliers`,
-`primes`, `hidden_in`, `output`, and the demo's parameters `L{L}.state.*`; once: `input_ids`, `token_map`). Everything is
-recomputed from the tokenizer and the configuration alone: token map, multipliers, primes, offsets and addresses must be equal,
-outputs within 1e-5. Each quantity is compared with our own upstream values, so one wrong number in a recording is blamed on
-itself. Misleads: in float32 a score within 1e-6 of zero sits at the gate's singularity and may exceed the bound.
+A recording is two files of one stem: `.json` (the demo's configuration) and `.npz` (per layer L: `L{L}.hash_ids`,
+`multipliers`, `primes`, `hidden_in`, `output`, and the demo's parameters `L{L}.state.*`; once: `input_ids`,
+`token_map`). Everything is recomputed from the tokenizer and the configuration alone: token map, multipliers, primes,
+offsets and addresses must be equal, outputs within 1e-5. Each quantity is compared with our own upstream values, so one
+wrong number in a recording is blamed on itself. Misleads: in float32 a score within 1e-6 of zero sits at the gate's
+singularity and may exceed the bound.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class RecordingError(ValueError):
 
 @dataclass(frozen=True)
 class RecordedRow:
-    """One compared quantity. `layer` None: shared by all layers; `index` is the worst element; equal integers differ by 0."""
+    """One compared quantity. `layer` None: shared by all layers; `index`, `expected`, `found`: the worst element."""
 
     layer: int | None
     quantity: str
@@ -97,8 +98,8 @@ class _Recording:
 def compare_recorded(vectors: Path, tokenizer: Path) -> RecordedComparison:
     """Recompute a recorded run of the published demo.
 
-    Args: vectors: the stem of the `.json` and `.npz`, or either of them; tokenizer: the `tokenizer.json` it was run with.
-    Raises: RecordingError for a missing or damaged file, a missing key, an extra or misshaped weight.
+    Args: vectors: the stem of the `.json` and `.npz`, or either of them; tokenizer: the `tokenizer.json` it was run
+    with. Raises: RecordingError for a missing or damaged file, a missing key, an extra or misshaped weight.
     """
     recording = _read(vectors)
     vocabulary = CompressedVocabulary.from_tokenizer(_read_tokenizer(tokenizer))
@@ -199,8 +200,8 @@ def _read(vectors: Path) -> _Recording:
     sizes = _integer_list(engram, "engram_vocab_size", name)
     if orders < 2 or heads < 1 or len(sizes) != orders - 1 or columns % heads:
         raise RecordingError(
-            f"{name}: expected one engram_vocab_size per order from 2 to max_ngram_size and n_embed_per_ngram divisible by "
-            f"n_head_per_ngram, found {list(sizes)}, {orders}, {columns} / {heads}"
+            f"{name}: expected an engram_vocab_size per order from 2 to max_ngram_size and n_embed_per_ngram divisible "
+            f"by n_head_per_ngram, found {list(sizes)}, {orders}, {columns} / {heads}"
         )
     options = EngramOptions(
         width=_integer(backbone, "hidden_size", name),

@@ -1,11 +1,11 @@
 """Does this model's memory do what it claims? One self-check for the house model and every adapter.
 
-Per site: shapes; hash constants as used against those regenerated from the configuration and those stored; rows of the table;
-finite rows (a sample of a large table); slots recomputed one by one in exact integers; embeddings, keys, values, gates and the
-write recomputed in float64 from captured inputs; the n-gram window (changing x[t-j] changes exactly the heads whose window
-holds t-j) and causality. Per model: recording changes nothing, and the exit path is the model's own. Cost: about ten short
-forwards and `SAMPLE` rows. Misleads: it proves consistency, not that the weights are the ones somebody trained; the input of a
-memory without a model around it is random.
+Per site: shapes; hash constants as used against those regenerated from the configuration and those stored; rows of
+the table; finite rows (a sample of a large table); slots recomputed one by one in exact integers; embeddings, keys,
+values, gates and the write recomputed in float64 from captured inputs; the n-gram window (changing x[t-j] changes
+exactly the heads whose window holds t-j) and causality. Per model: recording changes nothing, and the exit path is
+the model's own. Cost: about ten short forwards and `SAMPLE` rows. Misleads: it proves consistency, not that the
+weights are the ones somebody trained; the input of a memory without a model around it is random.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def run_check(
 def check_model(model: object, *, base: str | Path | None = None, recorded: str | Path | None = None) -> CheckReport:
     """Check a model with a memory.
 
-    Args: model: an opened model, a bundled name, or a directory; base: the base model's directory for an adapter; recorded: an
-        `.npz` to compare with, see `engram_interp.models.check_recorded`.
+    Args: model: an opened model, a bundled name, or a directory; base: the base model's directory for an adapter;
+        recorded: an `.npz` to compare with, see `engram_interp.models.check_recorded`.
     Raises: ValueError for something that cannot be opened, or has no memory to check.
     """
     model = opened(model, base)
@@ -224,7 +224,8 @@ def _recomputed_rows(name: str, site: EngramSite, found: Mapping[str, Tensor]) -
         actual = _f64(found[what])
         scale = max(1.0, float(np.abs(expected[what]).max()))
         worst, index = worst_element(expected[what], actual)
-        text = f"worst difference {worst / scale:.2g} at {list(index)}: {actual[index]:.6g} for {expected[what][index]:.6g}"
+        values = f"{actual[index]:.6g} for {expected[what][index]:.6g}"
+        text = f"worst difference {worst / scale:.2g} at {list(index)}: {values}"
         yield _row(
             f"{name} {what} recomputed", f"within {TOLERANCE:g} of the definition", worst / scale <= TOLERANCE, text
         )

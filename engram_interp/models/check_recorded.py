@@ -1,10 +1,11 @@
 """Does an opened model compute what the program it comes from recorded?
 
-A recording is an `.npz` with `input_ids` [B, T], perhaps `logits` and `token_map`, and per memory `L{block}.{quantity}`:
-`multipliers`, `primes`, `offsets`, `hash_ids` (rows of the flat table or slots of a head, as the program numbers them), `gate`
-[B, T, M], `hidden_in` and `hidden_out` [B, T, M, D] around the memory, `output` (its write alone), and any hook's short name.
-Integers must be equal, the rest within 1e-4; the worst element is named. A quantity that is not known is not passed over: it
-counts as wrong. Misleads: near a score of zero the gate's slope is unbounded, so float32 noise can exceed the bound there.
+A recording is an `.npz` with `input_ids` [B, T], perhaps `logits` and `token_map`, and per memory
+`L{block}.{quantity}`: `multipliers`, `primes`, `offsets`, `hash_ids` (rows of the flat table or slots of a head, as
+the program numbers them), `gate` [B, T, M], `hidden_in` and `hidden_out` [B, T, M, D] around the memory, `output`
+(its write alone), and any hook's short name. Integers must be equal, the rest within 1e-4; the worst element is
+named. A quantity that is not known is not passed over: it counts as wrong. Misleads: near a score of zero the gate's
+slope is unbounded, so float32 noise can exceed the bound there.
 """
 
 from __future__ import annotations
@@ -46,9 +47,8 @@ def recorded_rows(model: object, path: Path) -> list[CheckRow]:
     found_logits, captured = _run(model, tokens, by_block)
     for block, quantities in by_block.items():
         computed = _computed(sites[block], captured[block], tokens)
-        for name, expected in quantities.items():
-            if not _is_input(model, name):
-                rows.append(_compare(f"L{block}.{name}", expected, computed.get(name)))
+        compared = {name: expected for name, expected in quantities.items() if not _is_input(model, name)}
+        rows += [_compare(f"L{block}.{name}", expected, computed.get(name)) for name, expected in compared.items()]
     shared = {"logits": found_logits, "token_map": next(iter(sites.values())).vocabulary.token_map}
     for name in sorted(arrays.keys() - {"input_ids"}):
         if not _LAYER.match(name):

@@ -1,9 +1,10 @@
 """What does a configuration cost: parameters, and work per token?
 
-From the configuration alone, so that two models can be compared before either is built. Work counts matrix products (2 FLOPs per
-multiply-add) of one forward, per token, at a full context whose masked half attention computes too; norms, gates, convolution,
-stream mixing and other elementwise work are left out. Misleads: a table row costs a cache miss, not FLOPs, so `memory` is the
-cheap part of what the memory costs; the router grows with the number of experts, which is why it is kept apart.
+From the configuration alone, so that two models can be compared before either is built. Work counts matrix products (2
+FLOPs per multiply-add) of one forward, per token, at a full context whose masked half attention computes too; norms,
+gates, convolution, stream mixing and other elementwise work are left out. Misleads: a table row costs a cache miss, not
+FLOPs, so `memory` is the cheap part of what the memory costs; the router grows with the number of experts, which is why
+it is kept apart.
 """
 
 from __future__ import annotations

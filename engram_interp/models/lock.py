@@ -1,4 +1,4 @@
-"""How do two threads share one model without seeing each other's hooks? Whoever attaches hooks or runs a forward holds its lock."""
+"""How do two threads share one model? Whoever attaches hooks or runs a forward holds the model's lock."""
 
 from __future__ import annotations
 

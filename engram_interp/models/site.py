@@ -1,9 +1,11 @@
 """What is this memory, exactly? One record per memory site, the same for every model that ships Engram.
 
-Published Engram layers differ in hash, boundary rule, norms, gate, convolution and streams (arXiv 2601.07372 and the code of
-the demo, Qwen3.8-Flash-Next, DeepSeek-V4.1-Flash and engram-peft). The record holds every choice as plain values, and the hash
-constants three times: as used, as regenerated from the configuration, and as stored in the checkpoint (where they are).
-Cost: none, tensors are shared. Misleads: gains are the factors actually multiplied (Qwen stores w and multiplies by 1 + w).
+Published Engram layers differ in hash, boundary rule, norms, gate, convolution and streams (arXiv 2601.07372 and the
+code of the demo, Qwen3.8-Flash-Next, DeepSeek-V4.1-Flash and engram-peft). The record holds every choice as plain
+values, and the hash constants three times: as used, as regenerated from the configuration, and as stored in the
+checkpoint (where they are).
+Cost: none, tensors are shared. Misleads: gains are the factors actually multiplied (Qwen stores w and multiplies by 1
++ w).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from engram_interp.shapes import Float, Tensor
 
 @dataclass(frozen=True)
 class HashConstants:
-    """The integers that fix every address; None where a source does not hold one. `rows` is the whole table, padding included."""
+    """The integers that fix every address; None where a source does not hold one. `rows` includes padding."""
 
     multipliers: tuple[int, ...] | None = None
     primes: tuple[tuple[int, ...], ...] | None = None
@@ -48,7 +50,7 @@ class Projection:
 
 @dataclass(frozen=True, eq=False)
 class ShortConvolution:
-    """SiLU(conv(RMSNorm(u))): `taps[..., -1]` multiplies the current token, the one before it `t - dilation`, and so on."""
+    """SiLU(conv(RMSNorm(u))): `taps[..., -1]` is for the current token, the one before it for `t - dilation`."""
 
     taps: Float[Tensor, "M D kernel"]
     gain: Float[Tensor, "M D"]
@@ -60,9 +62,10 @@ class ShortConvolution:
 class EngramSite:
     """One memory site.
 
-    `block` is 0-based; `variant` names whose hash it is; `primes[n][k]` are the rows of head k of order `orders[n]`; `pad` and
-    `eos` are compressed ids; `branches` gates per token write into `streams` residual streams (fewer streams than branches: the
-    branches are summed); `numbered_rows` says that the model's own records number rows of the flat table, not of a head.
+    `block` is 0-based; `variant` names whose hash it is; `primes[n][k]` are the rows of head k of order `orders[n]`;
+    `pad` and `eos` are compressed ids; `branches` gates per token write into `streams` residual streams (fewer streams
+    than branches: the branches are summed); `numbered_rows` says that the model's own records number rows of the flat
+    table, not of a head.
     """
 
     block: int

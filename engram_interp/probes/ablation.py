@@ -1,10 +1,11 @@
 """What breaks without the memory, and by how much?
 
-For every task and condition, paired over the same items: the retained fraction of the score, raw (what the Engram paper prints)
-and corrected for chance; the change of accuracy, of the answer's log-probability and of the loss per token; KL(full ||
-ablated). All with intervals over items (whole documents where items share one). "Not estimable" where the full score cannot be told
-from chance: a fraction of nothing means nothing. Cost: one forward per condition. Misleads: intervals describe other items for
-this checkpoint, never another training seed; effects are totals, since later layers may repair what was taken.
+For every task and condition, paired over the same items: the retained fraction of the score, raw (what the Engram paper
+prints) and corrected for chance; the change of accuracy, of the answer's log-probability and of the loss per token;
+KL(full || ablated). All with intervals over items (whole documents where items share one). "Not estimable" where the
+full score cannot be told from chance: a fraction of nothing means nothing. Cost: one forward per condition. Misleads:
+intervals describe other items for this checkpoint, never another training seed; effects are totals, since later layers
+may repair what was taken.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ def default_conditions(model: MemoryModel, kinds: Sequence[str] = DEFAULT_KINDS)
 class AblationEffects:
     """Per-item results (`items`) and their summary (`table`).
 
-    `items` has a row per task, item and condition ("full" included): logprob and margin in nats, correct 0/1, kl in nats,
-    tokens of the answer.
+    `items` has a row per task, item and condition ("full" included): logprob and margin in nats, correct 0/1, kl in
+    nats, tokens of the answer.
     """
 
     model: str
@@ -84,7 +85,7 @@ class AblationEffects:
         return summarise(self.items, self.seed)
 
     def interaction(self) -> pd.DataFrame:
-        """How much the joint ablation differs from the sum of the single blocks (change of log p, nats), where both exist."""
+        """Change of log p (nats) under joint ablation minus the sum over single blocks, where both exist."""
         return interaction(self.items, self.conditions)
 
     def figure(self) -> go.Figure:
@@ -110,8 +111,8 @@ def ablation_effects(
     """Score every item with the memory and without it.
 
     Args: statistics: for the conditions that need data; seed: of the bootstrap.
-    Raises: ValueError for no task, no condition, two conditions of one label, or a condition the model cannot have (checked
-        before anything runs).
+    Raises: ValueError for no task, no condition, two conditions of one label, or a condition the model cannot have
+        (checked before anything runs).
     """
     import pandas as pd
 
@@ -123,12 +124,18 @@ def ablation_effects(
     frames = []
     for task in tasks:
         scores = score_items(
-            model, task.items, [nullcontext, *entries], batch_tokens=batch_tokens, progress=task.name if progress else ""
+            model,
+            task.items,
+            [nullcontext, *entries],
+            batch_tokens=batch_tokens,
+            progress=task.name if progress else "",
         )
         frames += [_frame(task, label, scores, c) for c, label in enumerate([FULL, *(c.label for c in conditions)])]
     texts = [f"{item.id}\t{item.prompt}\t{item.choices}" for task in tasks for item in task.items]
     options = {"tasks": [t.name for t in tasks], "conditions": [c.label for c in conditions], "seed": seed}
-    provenance = Provenance({model.identity.name: model.identity.weights_sha256}, texts_hash(texts), len(texts), options)
+    provenance = Provenance(
+        {model.identity.name: model.identity.weights_sha256}, texts_hash(texts), len(texts), options
+    )
     items = pd.concat(frames, ignore_index=True)
     return AblationEffects(model.identity.name, items, tuple(conditions), provenance, seed)
 
@@ -211,20 +218,28 @@ def _columns(estimates: Mapping[str, Estimate]) -> dict[str, float]:
 
 
 def interaction(items: pd.DataFrame, conditions: Sequence[Condition]) -> pd.DataFrame:
-    """Change of log p under the joint ablation minus the sum over single blocks, per task and kind, with an interval."""
+    """Change of log p under joint ablation minus the sum over single blocks, per task and kind, with an interval."""
     import pandas as pd
 
     rows = []
     for joint in (c for c in conditions if c.blocks is None):
-        like = [c for c in conditions if c.blocks and len(c.blocks) == 1 and c.kind == joint.kind and c.options == joint.options]
+        like = [
+            c
+            for c in conditions
+            if c.blocks and len(c.blocks) == 1 and c.kind == joint.kind and c.options == joint.options
+        ]
         if len(like) < 2:
             continue
         for task, frame in items.groupby("task", sort=False):
             by = {label: f["logprob"].to_numpy() for label, f in frame.groupby("condition")}
             excess = (by[joint.label] - by[FULL]) - sum(by[c.label] - by[FULL] for c in like)
             groups = frame.loc[frame["condition"] == FULL, "group"].to_numpy(dtype=str)
-            rows.append({"task": task, "condition": joint.label, **_columns({"excess_logprob": mean_interval(excess, groups)})})
-    return pd.DataFrame(rows, columns=["task", "condition", "excess_logprob", "excess_logprob_low", "excess_logprob_high"])
+            rows.append(
+                {"task": task, "condition": joint.label, **_columns({"excess_logprob": mean_interval(excess, groups)})}
+            )
+    return pd.DataFrame(
+        rows, columns=["task", "condition", "excess_logprob", "excess_logprob_low", "excess_logprob_high"]
+    )
 
 
 def retention_figure(table: pd.DataFrame, labels: Sequence[str]) -> go.Figure:

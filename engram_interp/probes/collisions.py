@@ -221,7 +221,7 @@ def _order(site: EngramSite, counts: NgramCounts, order: int) -> OrderCollisions
 
 @dataclass(frozen=True, eq=False)
 class _Inspected:
-    """One text whose n-grams are looked at: by order, mix and text of every n-gram, and the load of its slot per head."""
+    """One text whose n-grams are looked at: by order, mix and text of every n-gram, load of its slot per head."""
 
     tokens: list[str]
     mix: dict[int, Int64[np.ndarray, " T"]]

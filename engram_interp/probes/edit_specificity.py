@@ -1,16 +1,17 @@
 """What else did an edit change?
 
-An edited row is read wherever an n-gram hashes to it, and a write at t reaches further: the convolution (kernel 4, dilation d)
-carries it to t+d, t+2d, t+3d inside the same memory, and attention carries it to every later position. So each position of the
-probe text and of a corpus is put into one class:
+An edited row is read wherever an n-gram hashes to it, and a write at t reaches further: the convolution (kernel 4,
+dilation d) carries it to t+d, t+2d, t+3d inside the same memory, and attention carries it to every later position. So
+each position of the probe text and of a corpus is put into one class:
 
 - `reads`: its own n-grams read an edited row (with how many of the S slots);
 - `conv`: reads none, but the convolution reaches back to one that does;
 - `later`: only attention can carry the change here;
 - `untouched`: no edited row was read before: logits must be bit-equal, and are not recomputed.
 
-Reported: change of the write (norm), and KL(before || after) of the next token in nats. Cost: addresses for every text, two
-forwards for each window that reads an edited row. Misleads when the corpus is small: rare n-grams that share a row do not occur in it.
+Reported: change of the write (norm), and KL(before || after) of the next token in nats. Cost: addresses for every text,
+two forwards for each window that reads an edited row. Misleads when the corpus is small: rare n-grams that share a row
+do not occur in it.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ CLASSES = ("reads", "conv", "later", "untouched")
 class EditSpecificity:
     """`positions`: a row per position of every window that reads an edited row; the rest is counted in `untouched`.
 
-    Columns: text, window, position, ngram (the longest order), reached (class), shared (most edited slots read in one memory), slots
-    (S), write_change (all edited memories together), kl.
+    Columns: text, window, position, ngram (the longest order), reached (class), shared (most edited slots read in one
+    memory), slots (S), write_change (all edited memories together), kl.
     """
 
     model: str

@@ -2,13 +2,16 @@
 
 The S rows that one position reads in each chosen memory are rewritten so that the target follows the prompt. Two ways:
 
-- closed form: the direction d that raises target over rival at the exit (gradient of the exit path alone) becomes a change of
-  the rows by the pseudo-inverse of W_V, `delta e = s W_V^+ d`, with the smallest s on a geometric grid for which the running model
-  answers with the target. Needs a trigger at the prompt's last token, whose write reaches the exit directly.
-- gradient: Adam on the rows themselves, `-log p(target) + penalty |delta|^2 / |e|^2`, through the whole model, for any trigger.
+- closed form: the direction d that raises target over rival at the exit (gradient of the exit path alone) becomes a
+  change of the rows by the pseudo-inverse of W_V, `delta e = s W_V^+ d`, with the smallest s on a geometric grid for
+  which the running model answers with the target. Needs a trigger at the prompt's last token, whose write reaches the
+  exit directly.
+- gradient: Adam on the rows themselves, `-log p(target) + penalty |delta|^2 / |e|^2`, through the whole model, for any
+  trigger.
 
-The result is an overlay; the checkpoint is never rewritten. Cost: about 15 forwards, or one forward and backward per step.
-Misleads when judged at the trigger alone: see `edit_specificity` for later positions and for n-grams that share the rows.
+The result is an overlay; the checkpoint is never rewritten. Cost: about 15 forwards, or one forward and backward per
+step. Misleads when judged at the trigger alone: see `edit_specificity` for later positions and for n-grams that share
+the rows.
 """
 
 from __future__ import annotations
@@ -69,10 +72,10 @@ def edit_slots(
 ) -> EditResult:
     """Make `target` (its first token, with its space) the model's answer to `prompt`.
 
-    Args: position: of the trigger in the prompt's tokens, negative from the end; blocks: memories to edit, None for all;
-        steps, step_size (of the rows' RMS), penalty: of the gradient method.
-    Raises: ValueError for an unknown method, an empty target, a position outside the prompt, the closed form with a trigger before
-        the last token, or a block without a memory.
+    Args: position: of the trigger in the prompt's tokens, negative from the end; blocks: memories to edit, None for
+        all; steps, step_size (of the rows' RMS), penalty: of the gradient method.
+    Raises: ValueError for an unknown method, an empty target, a position outside the prompt, the closed form with a
+        trigger before the last token, or a block without a memory.
     """
     job = _Job.of(model, prompt, target, position, blocks)
     if method == "closed_form":
@@ -191,7 +194,9 @@ def _by_gradient(job: _Job, steps: int, step_size: float, penalty: float) -> dic
         optimiser.zero_grad()
         with torch.enable_grad():
             logprob = job.logprobs(new)[job.target]
-            size = sum((new[b] - old).square().sum() / old.square().sum().clamp_min(1e-12) for b, old in job.old.items())
+            size = sum(
+                (new[b] - old).square().sum() / old.square().sum().clamp_min(1e-12) for b, old in job.old.items()
+            )
             if float(logprob.detach().exp()) >= _CONFIDENT:
                 break
             gradients = torch.autograd.grad(penalty * size - logprob, list(new.values()))

@@ -77,7 +77,7 @@ class RowStatistics:
 
     def as_dict(self) -> dict[str, object]:
         """Plain data for JSON."""
-        return asdict(self) | {"quantiles": list(QUANTILES), "provenance": self.provenance.as_dict()}
+        return {**asdict(self), "quantiles": list(QUANTILES), "provenance": self.provenance.as_dict()}
 
 
 def row_statistics(

@@ -29,6 +29,7 @@ from engram_interp.memory.address import (
 )
 from engram_interp.memory.ngram_counts import NgramCounts, readers_of_slot
 from engram_interp.memory.row_reader import RowIndexError, RowReader, chunks
+from engram_interp.models.protocol import Decoder
 from engram_interp.models.site import EngramSite
 from engram_interp.models.text import show_tokens
 from engram_interp.probes.memory_site import (
@@ -219,7 +220,7 @@ class SlotReading:
 
     def as_dict(self) -> dict[str, object]:
         """Plain data for JSON."""
-        return asdict(self) | {"provenance": self.provenance.as_dict()}
+        return {**asdict(self), "provenance": self.provenance.as_dict()}
 
 
 @torch.no_grad()
@@ -239,7 +240,7 @@ def read_slot(
     """
     site = site_of(model, block)
     address = address_of_row(hash_of(site), site.block, row)
-    if not hasattr(model, "unembed"):
+    if not isinstance(model, Decoder):
         raise ValueError(
             f"model {model.identity.name!r} was opened without its unembedding; its values cannot be read as tokens"
         )
@@ -283,7 +284,7 @@ def _control_rows(site: EngramSite, section: Section, seed: int) -> Float32[np.n
     return site.rows.read(section.start + np.sort(chosen))
 
 
-def _centred_logits(model: AddressedModel, values: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
+def _centred_logits(model: Decoder, values: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
     with model.lock:
         logits = model.unembed(values).float()
     return logits - logits.mean(-1, keepdim=True)
@@ -323,7 +324,7 @@ class NeighbourResult:
 
     def as_dict(self) -> dict[str, object]:
         """Plain data for JSON."""
-        return asdict(self) | {"provenance": self.provenance.as_dict()}
+        return {**asdict(self), "provenance": self.provenance.as_dict()}
 
 
 def neighbours(source: EngramSite | RowReader, row: int, *, top: int = 10, progress: bool = False) -> NeighbourResult:

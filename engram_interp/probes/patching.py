@@ -1,12 +1,12 @@
 """Does the memory's content carry the answer from one prompt to another?
 
-Activation patching between two prompts that differ in one entity (Zhang & Nanda 2309.16042): run the base prompt with what
-the memory computed on the source prompt, at aligned positions. Denoising puts clean into corrupted (is it enough?), noising
-corrupted into clean (is it needed?). Metric: logit(clean answer) - logit(corrupted answer) at the last position, and the
-fraction of the gap between the prompts that the patch closes. Each stage apart: slots, embedding, value, gate, gated value,
-conv, write. Cost: one forward per stage, block and position. Misleads when the prompts differ in length (positions are then
-aligned from the end, and attention sees other distances) or when the gap between them is small (fractions explode: NaN below
-1e-4).
+Activation patching between two prompts that differ in one entity (Zhang & Nanda 2309.16042): run the base prompt with
+what the memory computed on the source prompt, at aligned positions. Denoising puts clean into corrupted (is it
+enough?), noising corrupted into clean (is it needed?). Metric: logit(clean answer) - logit(corrupted answer) at the
+last position, and the fraction of the gap between the prompts that the patch closes. Each stage apart: slots,
+embedding, value, gate, gated value, conv, write. Cost: one forward per stage, block and position. Misleads when the
+prompts differ in length (positions are then aligned from the end, and attention sees other distances) or when the gap
+between them is small (fractions explode: NaN below 1e-4).
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def prompt_pair(
 ) -> PromptPair:
     """Encode two prompts and align them.
 
-    Args: answers: what follows the clean and the corrupted prompt, with its space; positions: (clean, corrupted) pairs, None
-        aligns both from the end, start token excluded.
+    Args: answers: what follows the clean and the corrupted prompt, with its space; positions: (clean, corrupted) pairs,
+        None aligns both from the end, start token excluded.
     Raises: ValueError when the first tokens of the answers are equal, or a position is outside its prompt.
     """
     a, b = model.to_tokens(clean), model.to_tokens(corrupted)
@@ -96,7 +96,7 @@ def stage_hook(site: Site, stage: str) -> str:
 def transplant(source: Tensor, positions: Sequence[tuple[int, int]]) -> Callable[[Tensor, object], Tensor]:
     """A hook that puts the source's activation at source positions into base positions."""
 
-    def put(value: Tensor, hook: object) -> Tensor:  # noqa: ARG001
+    def put(value: Tensor, hook: object) -> Tensor:
         out = value.clone()
         for base, taken in positions:
             out[:, base] = source[:, taken]
@@ -175,7 +175,12 @@ def patch_memory(
         with model.hooks([(name, transplant(cache[name], chosen)) for name in of]):
             gap = pair.gap(model, base)
         token = "(all)" if position == ALL else tokens[position]
-        return _effect(gap, base_gap, source_gap) | {"stage": stage, "block": block, "position": position, "token": token}
+        return _effect(gap, base_gap, source_gap) | {
+            "stage": stage,
+            "block": block,
+            "position": position,
+            "token": token,
+        }
 
     rows = [row(stage, b, p[0], [p]) for stage, b in names for p in places]
     rows += [row(stage, b, ALL, places) for stage, b in names]
@@ -240,8 +245,8 @@ def path_patch_gate(
 ) -> PathEffects:
     """How much of the gate's effect reaches the logits directly, and is it the query (h) or the key (e) that moves it?
 
-    `gate` patches the gate; `key` only the key under it (the value stays); `query` the score that the source's hidden state
-    gives with the base's key.
+    `gate` patches the gate; `key` only the key under it (the value stays); `query` the score that the source's hidden
+    state gives with the base's key.
     Raises: ValueError as `patch_memory`, or when the model lacks the hook points of attention and experts.
     """
     import pandas as pd
@@ -257,7 +262,9 @@ def path_patch_gate(
                 total = pair.gap(model, base) - base_gap
                 with model.hooks(frozen):
                     direct = pair.gap(model, base) - base_gap
-            rows.append({"block": site.block, "cause": cause, "total": total, "direct": direct, "through_later": total - direct})
+            rows.append(
+                {"block": site.block, "cause": cause, "total": total, "direct": direct, "through_later": total - direct}
+            )
     provenance = _provenance(model, [clean, corrupted, *answers], {"direction": direction})
     return PathEffects(model.identity.name, direction, base_gap, source_gap, pd.DataFrame(rows), provenance)
 
@@ -286,4 +293,4 @@ def _freeze_later(model: MemoryModel, block: int, base: Tensor) -> list[Hook]:
     if missing := [name for name in names if name not in model.hook_dict]:
         raise ValueError(f"path patching needs the hook point {missing[0]}, which this model does not have")
     _, cache = model.run_with_cache(base, names)
-    return [(name, lambda value, hook, kept=cache[name]: kept.expand_as(value)) for name in names]  # noqa: ARG005
+    return [(name, lambda value, hook, kept=cache[name]: kept.expand_as(value)) for name in names]

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 from engram_interp.gallery import GallerySentence, Span, entity_final_positions
 from engram_interp.models.protocol import Decoder
+from engram_interp.models.text import start_tokens, windows
 from engram_interp.shapes import Float, Int64, Tensor
 
 Positions = Literal["entity_final", "one_per_document", "all"]
@@ -30,7 +31,7 @@ MarkedText = str | tuple[str, Sequence[tuple[int, int]]] | GallerySentence
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Which tokens of which texts become rows. `tokens[t]`: indices into the tokens of text t, start token not counted.
+    """Which tokens of which texts become rows. `tokens[t]`: indices into text t, start token not counted."""
 
     texts: tuple[str, ...]
     tokens: tuple[tuple[int, ...], ...]
@@ -62,8 +63,8 @@ def plan_rows(
     """Choose the rows.
 
     Args: texts: plain texts, `(text, [(start, end), ...])` with character spans of entities, or gallery sentences.
-        positions: the last token of every entity; one token per text (of its last entity, else of the text); or every
-        token.
+        positions: the last token of every entity; one token per text (the end of its last entity, else one
+        drawn at random); or every token.
         max_rows: above it every text keeps an equal, random share. skip_first: leave out token 0 (models without a
         start token).
     Raises: ValueError when no row is left: no texts, empty texts, or `entity_final` without spans.
@@ -75,8 +76,7 @@ def plan_rows(
     for sentence in marked:
         encoding = tokenizer.encode(sentence.text, add_special_tokens=False)
         lengths.append(len(encoding.ids))
-        tokens = _choose(sentence, encoding.offsets, positions)
-        chosen.append([t for t in tokens if t > 0 or not skip_first])
+        chosen.append(_choose(sentence, encoding.offsets, positions, int(skip_first), rng))
     total = sum(map(len, chosen))
     if total == 0:
         kind = "texts with marked entities" if positions == "entity_final" and marked else "at least one non-empty text"
@@ -92,26 +92,35 @@ def plan_rows(
 def read_rows(model: Decoder, plan: RowPlan) -> list[Float[Tensor, "n D"]]:
     """The planned rows at every residual site of a model, float32, one tensor per site.
 
-    Raises: ValueError for a text longer than the context, or a non-finite activation (model, site, text and token
-        named).
+    A text beyond the context is read in overlapping windows.
+    Raises: ValueError for a non-finite activation (model, site, text and token named).
     """
     sites: list[list[Tensor]] = [[] for _ in range(model.layers + 1)]
-    for number, (text, chosen, length) in enumerate(zip(plan.texts, plan.tokens, plan.lengths, strict=True)):
-        if not chosen:
-            continue
-        tokens = model.to_tokens(text)
-        index = torch.tensor(chosen) + (tokens.shape[1] - length)
-        for site, hidden in enumerate(model.residuals(tokens)):
-            rows = _reduced(model, hidden)[0, index].float().cpu()
-            finite = rows.isfinite().all(1)
-            if not finite.all():
-                token = chosen[int((~finite).nonzero()[0])]
-                raise ValueError(
-                    f"expected finite activations, found NaN or infinity in {model.identity.name} at residual "
-                    f"site {site}, text {number}, token {token}"
-                )
-            sites[site].append(rows)
+    start = len(start_tokens(model))
+    for number, (text, chosen) in enumerate(zip(plan.texts, plan.tokens, strict=True)):
+        covered = 0
+        for window in windows(model, text) if chosen else ():
+            first = max(window.keep.start, start)
+            here = [t for t in chosen if covered <= t < covered + window.keep.stop - first]
+            if here:
+                _read_window(model, window.tokens, [first + t - covered for t in here], here, number, sites)
+            covered += window.keep.stop - first
     return [torch.cat(rows) for rows in sites]
+
+
+def _read_window(
+    model: Decoder, tokens: Tensor, positions: list[int], chosen: list[int], number: int, sites: list[list[Tensor]]
+) -> None:
+    for site, hidden in enumerate(model.residuals(tokens)):
+        rows = _reduced(model, hidden)[0, torch.tensor(positions)].float().cpu()
+        finite = rows.isfinite().all(1)
+        if not finite.all():
+            token = chosen[int((~finite).nonzero()[0])]
+            raise ValueError(
+                f"expected finite activations, found NaN or infinity in {model.identity.name} at residual "
+                f"site {site}, text {number}, token {token}"
+            )
+        sites[site].append(rows)
 
 
 def _reduced(model: Decoder, hidden: Tensor) -> Tensor:
@@ -157,10 +166,18 @@ def _sentence(text: MarkedText) -> GallerySentence:
     return GallerySentence(plain[:40], plain, "", marks)
 
 
-def _choose(sentence: GallerySentence, offsets: list[tuple[int, int]], positions: Positions) -> list[int]:
+def _choose(
+    sentence: GallerySentence,
+    offsets: list[tuple[int, int]],
+    positions: Positions,
+    first: int,
+    rng: np.random.Generator,
+) -> list[int]:
+    """Tokens of one text, none before `first`."""
     if positions == "all":
-        return list(range(len(offsets)))
-    finals = sorted(set(entity_final_positions(sentence, offsets)))
+        return list(range(first, len(offsets)))
+    finals = sorted({t for t in entity_final_positions(sentence, offsets) if t >= first})
     if positions == "entity_final":
         return finals
-    return finals[-1:] or ([len(offsets) - 1] if offsets else [])
+    # Not the last token: texts end in the same full stop, and equal tokens do not vary at the embedding.
+    return finals[-1:] or ([int(rng.integers(first, len(offsets)))] if len(offsets) > first else [])

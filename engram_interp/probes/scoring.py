@@ -1,9 +1,9 @@
 """How probable does a model find each continuation, under several conditions at once?
 
-log p(continuation | prompt) in nats, teacher-forced, summed over its tokens. Sequences of similar length share a batch, padded on
-the right by repeating their last token: nothing before it can see it in a causal model. A batch is run once per condition
-and only the scored positions are unembedded, a chunk at a time, so memory is one chunk of logits. Prompts longer
-than the context lose their beginning, never their end.
+log p(continuation | prompt) in nats, teacher-forced, summed over its tokens. Sequences of similar length share a batch,
+padded on the right by repeating their last token: nothing before it can see it in a causal model. A batch is run once
+per condition and only the scored positions are unembedded, a chunk at a time, so memory is one chunk of logits. Prompts
+longer than the context lose their beginning, never their end.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ class EncodedChoice:
 class Scores:
     """Per condition and item, condition 0 being the reference.
 
-    `logprob`: nats of the right continuation; `tokens`: its length; `correct`: 0 or 1 by the item's own rule; `margin`: nats
-    over the best wrong continuation, NaN without one; `kl`: KL(reference || condition), mean over the right continuation.
+    `logprob`: nats of the right continuation; `tokens`: its length; `correct`: 0 or 1 by the item's own rule; `margin`:
+    nats over the best wrong continuation, NaN without one; `kl`: KL(reference || condition), mean over the right
+    continuation.
     """
 
     logprob: Float[np.ndarray, "conditions n"]
@@ -70,7 +71,10 @@ def encode_items(model: Decoder, items: Sequence[Item]) -> list[EncodedChoice]:
             ids = _ids(model, choice)
             room = model.context - len(start) - len(ids)
             if not ids or room < 0 or not (start or prompt):
-                raise ValueError(f"item {item.id!r}: expected a continuation of 1 to {model.context - len(start)} tokens, found {len(ids)}")
+                raise ValueError(
+                    f"item {item.id!r}: expected a continuation of 1 to {model.context - len(start)} tokens, "
+                    f"found {len(ids)}"
+                )
             kept = prompt[max(0, len(prompt) - room) :]
             encoded.append(EncodedChoice(i, c, (*start, *kept, *ids), len(start) + len(kept) - 1))
     return encoded
@@ -109,7 +113,8 @@ def score_items(
 ) -> Scores:
     """Score every item under every condition; the first is the reference (usually `nullcontext`).
 
-    Args: conditions: make a context manager each, entered around a forward; progress: label of a progress bar, "" for none.
+    Args: conditions: make a context manager each, entered around a forward; progress: label of a progress bar, "" for
+        none.
     Raises: ValueError for an item that cannot be encoded.
     """
     from tqdm import tqdm
@@ -121,11 +126,15 @@ def score_items(
     kl, tokens = np.zeros(shape), np.zeros(len(items))
     with tqdm(total=len(encoded) * len(conditions), desc=progress, unit="seq", disable=not progress) as bar:
         for batch in batches(encoded, batch_tokens):
-            parts = _score_batch(model, batch, conditions, lambda: bar.update(len(batch)))
+            parts = _score_batch(model, batch, conditions, bar.update)
             for row, s in enumerate(batch):
                 logprob[:, s.item, s.choice] = parts[0][:, row]
                 if s.choice == 0:
-                    greedy[:, s.item], kl[:, s.item], tokens[s.item] = parts[1][:, row], parts[2][:, row], len(s.targets)
+                    greedy[:, s.item], kl[:, s.item], tokens[s.item] = (
+                        parts[1][:, row],
+                        parts[2][:, row],
+                        len(s.targets),
+                    )
     wrong = logprob[:, :, 1:].max(-1, initial=-np.inf)
     several = np.array([len(item.choices) > 1 for item in items])
     margin = np.where(several, logprob[:, :, 0] - np.where(several, wrong, 0.0), np.nan)
@@ -134,7 +143,7 @@ def score_items(
 
 
 def _score_batch(
-    model: Decoder, batch: list[EncodedChoice], conditions: Sequence[Condition], tick: Callable[[], object]
+    model: Decoder, batch: list[EncodedChoice], conditions: Sequence[Condition], tick: Callable[[int], object]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sum of log p, whether all tokens are first choices, and mean KL: each [conditions, B]."""
     tokens = right_padded([s.tokens for s in batch])
@@ -146,7 +155,7 @@ def _score_batch(
         with condition():
             hidden = model.residuals(tokens)[-1]
             exits.append(model.exit_hidden(hidden[rows, places].unsqueeze(1)).squeeze(1))
-        tick()
+        tick(len(batch))
     logprob, first, kl = (torch.zeros(len(conditions), len(targets), dtype=torch.float64) for _ in range(3))
     for start in range(0, len(targets), _CHUNK):
         part = slice(start, start + _CHUNK)

@@ -1,9 +1,9 @@
 """Which n-gram, and which of its rows, did the prediction need?
 
-At each position and memory, silence one row (or the K rows of one n-gram) and measure the change of log p(answer) in nats after
-the last token. Ablation effects, so that the gate and later layers react: rows of one n-gram usually add up to less or more
-than the n-gram. Cost: one forward of S + N + 1 copies of the text per position and block. Misleads when hash heads are redundant:
-every single row then looks unimportant, and only the n-gram shows the effect.
+At each position and memory, silence one row (or the K rows of one n-gram) and measure the change of log p(answer) in
+nats after the last token. Ablation effects, so that the gate and later layers react: rows of one n-gram usually add up
+to less or more than the n-gram. Cost: one forward of S + N + 1 copies of the text per position and block. Misleads when
+hash heads are redundant: every single row then looks unimportant, and only the n-gram shows the effect.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WHOLE = -1  # the head number of a row that stands for all heads of an n-gram
 
 @dataclass(frozen=True, eq=False)
 class SlotEffects:
-    """`rows`: per block, position, order and head (-1: all heads of the n-gram), the change of log p(answer) in nats."""
+    """`rows`: per block, position, order and head (-1: the whole n-gram), the change of log p(answer) in nats."""
 
     model: str
     tokens: tuple[str, ...]
@@ -67,7 +67,8 @@ def slot_effects(
 ) -> SlotEffects:
     """Silence every slot and every n-gram, one at a time.
 
-    Args: answer: what should follow the text, with its space (its first token is scored); positions: where, None for every token.
+    Args: answer: what should follow the text, with its space (its first token is scored); positions: where, None for
+        every token.
     Raises: ValueError for an empty answer, a position outside the text or a block without a memory.
     """
     import pandas as pd
@@ -77,7 +78,9 @@ def slot_effects(
     chosen = model.engram_layers if blocks is None else tuple(blocks)
     places = range(tokens.shape[1]) if positions is None else positions
     if not target or any(not 0 <= p < tokens.shape[1] for p in places):
-        raise ValueError(f"expected an answer and positions in [0, {tokens.shape[1]}), found {answer!r}, {list(places)}")
+        raise ValueError(
+            f"expected an answer and positions in [0, {tokens.shape[1]}), found {answer!r}, {list(places)}"
+        )
     shown = show_tokens(model.tokenizer, tokens[0].tolist())
     rows, base = [], 0.0
     for block in chosen:
@@ -111,7 +114,7 @@ def _silenced(site: Site) -> tuple[list[tuple[int, int]], Bool[Tensor, "copies S
 def _logprobs(
     site: Site, tokens: Tensor, position: int, lost: Bool[Tensor, "copies S"], target: int
 ) -> Float[Tensor, " copies"]:
-    def silence(value: Tensor, hook: object) -> Tensor:  # noqa: ARG001
+    def silence(value: Tensor, hook: object) -> Tensor:
         out = value.clone()
         columns = lost.to(value.device).repeat_interleave(value.shape[-1] // lost.shape[1], dim=1)
         out[:, position] = out[:, position].masked_fill(columns, 0.0)

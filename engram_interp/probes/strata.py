@@ -34,7 +34,7 @@ def as_text(item: str | GallerySentence) -> str:
 
 
 def span_final(tokenizer: Tokenizer, item: str | GallerySentence, kind: str = "entity") -> Bool[np.ndarray, " T"]:
-    """Tokens that complete a marked entity or phrase, for the text encoded without special tokens; none in a plain text.
+    """Tokens that complete a marked entity or phrase, in the text encoded without special tokens; none if plain.
 
     Raises: ValueError for an unknown kind, or a span that no token completes.
     """

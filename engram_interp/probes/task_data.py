@@ -50,7 +50,7 @@ def _read(path: Path) -> Iterator[Record]:
     try:
         with path.open("rb") as raw:
             reader = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES).stream_reader(raw)
-            for number, line in enumerate(io.TextIOWrapper(reader, encoding="utf-8"), start=1):
+            for number, line in enumerate(io.TextIOWrapper(reader, encoding="utf-8"), start=1):  # noqa: B007
                 yield json.loads(line)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
@@ -58,15 +58,15 @@ def _read(path: Path) -> Iterator[Record]:
         raise ValueError(f"{path}, after line {number}: damaged ({error})") from None
 
 
-def _completion(record: Record, name: str, every: list[Record], rng: np.random.Generator) -> Item:  # noqa: ARG001
+def _completion(record: Record, name: str, every: list[Record], rng: np.random.Generator) -> Item:
     return Item(name, str(record["prompt"]), (f" {record['target']}",), str(record["title"]))
 
 
-def _lambada(record: Record, name: str, every: list[Record], rng: np.random.Generator) -> Item:  # noqa: ARG001
+def _lambada(record: Record, name: str, every: list[Record], rng: np.random.Generator) -> Item:
     return Item(name, str(record["context"]), (f" {record['target']}",))
 
 
-def _minimal_pair(record: Record, name: str, every: list[Record], rng: np.random.Generator) -> Item:  # noqa: ARG001
+def _minimal_pair(record: Record, name: str, every: list[Record], rng: np.random.Generator) -> Item:
     return Item(name, (), (str(record["sentence_good"]), str(record["sentence_bad"])), str(record["UID"]))
 
 
@@ -106,6 +106,8 @@ DATA_SOURCES = {
     ),
     "known_1000": DataSource("facts", "factual.known_1000.jsonl.zst", _learnable, _known),
     "wiki_context_copy": DataSource("reading", "context.wiki_context_copy.jsonl.zst", lambda r: True, _completion),
-    "lambada": DataSource("reading", "context.lambada_test.jsonl.zst", lambda r: bool(r["target_in_context"]), _lambada),
+    "lambada": DataSource(
+        "reading", "context.lambada_test.jsonl.zst", lambda r: bool(r["target_in_context"]), _lambada
+    ),
     "blimp": DataSource("grammar", "linguistic.blimp.jsonl.zst", lambda r: True, _minimal_pair),
 }

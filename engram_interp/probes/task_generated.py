@@ -27,7 +27,8 @@ def gallery_items(kind: str, limit: int) -> list[Item]:
 
 
 def induction_items(tokenizer: Tokenizer, limit: int, rng: np.random.Generator) -> list[Item]:
-    """Random words, then the same words again up to a random one: which comes next? No n-gram of it was ever trained on.
+    """Random words, then the same words again up to a random one: which comes next? No n-gram of it was ever trained
+    on.
 
     Raises: ValueError when the tokenizer has too few whole words.
     """

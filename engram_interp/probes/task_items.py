@@ -11,8 +11,8 @@ Text = str | tuple[int, ...]
 class Item:
     """A prompt and its continuations, the right one first.
 
-    Both are text (a continuation starts with its space) or token ids. `group` names what items share (a document, a relation): rows
-    of one group are not independent.
+    Both are text (a continuation starts with its space) or token ids. `group` names what items share (a document, a
+    relation): rows of one group are not independent.
     """
 
     id: str

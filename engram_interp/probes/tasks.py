@@ -1,10 +1,10 @@
 """What does a model know, and what can it only read off its prompt?
 
-A task is a list of items. An item is a prompt and its possible continuations, the right one first: with one continuation it
-counts as solved when every token of it is the model's first choice (chance 0), with several when the right one is the most
-probable in total (chance 1/n). Families follow section 6.3 of the Engram paper: facts and phrases, which a memory can hold, against
-reading, copying, grammar, arithmetic and induction, which it cannot. Misleads when families differ in chance or in
-length: compare retained fractions corrected for chance, never raw accuracies.
+A task is a list of items. An item is a prompt and its possible continuations, the right one first: with one
+continuation it counts as solved when every token of it is the model's first choice (chance 0), with several when the
+right one is the most probable in total (chance 1/n). Families follow section 6.3 of the Engram paper: facts and
+phrases, which a memory can hold, against reading, copying, grammar, arithmetic and induction, which it cannot. Misleads
+when families differ in chance or in length: compare retained fractions corrected for chance, never raw accuracies.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from engram_interp.probes.task_items import Item
 
 @dataclass(frozen=True)
 class Task:
-    """Items of one kind; `family` groups tasks that ask for the same ability, `source` says where the items come from."""
+    """Items of one kind; `family` groups tasks that ask for the same ability, `source` says where they come from."""
 
     name: str
     family: str
@@ -59,8 +59,8 @@ def load_tasks(
 ) -> list[Task]:
     """Build tasks by name.
 
-    Args: names: of `GENERATED_TASKS` or `DATA_TASKS`; data: the folder with `eval/*.jsonl.zst`, for the latter; limit: items per
-        task, drawn by `seed`; tokenizer: of the model (induction repeats its word tokens).
+    Args: names: of `GENERATED_TASKS` or `DATA_TASKS`; data: the folder with `eval/*.jsonl.zst`, for the latter; limit:
+        items per task, drawn by `seed`; tokenizer: of the model (induction repeats its word tokens).
     Raises: ValueError for an unknown name, a data task without `data`, or a file that is missing or malformed.
     """
     return [_load(name, tokenizer, data, limit, seed) for name in names]
@@ -70,7 +70,9 @@ def _load(name: str, tokenizer: Tokenizer, data: Path | None, limit: int, seed: 
     rng = np.random.default_rng((seed, *name.encode()))
     if name in _GENERATED:
         family, build = _GENERATED[name]
-        return Task(name, family, tuple(build(tokenizer, limit, rng)), "bundled gallery" if "gallery" in name else "generated")
+        return Task(
+            name, family, tuple(build(tokenizer, limit, rng)), "bundled gallery" if "gallery" in name else "generated"
+        )
     if name not in DATA_SOURCES:
         raise ValueError(f"unknown task {name!r}: expected one of {', '.join((*GENERATED_TASKS, *DATA_TASKS))}")
     if data is None:

@@ -184,9 +184,9 @@ def train_tuned_lens(
     cut = min(len(plain) - 1, max(1, round(len(plain) * (1 - config.held_out))))
     train, held = _windows(model, plain[:cut]), _windows(model, plain[cut:])
     held_sites, held_final = _gather(model, held, range(len(held)), config.held_out_rows)
-    weight = torch.zeros(model.layers, model.width, model.width, requires_grad=True)
-    bias = torch.zeros(model.layers, model.width, requires_grad=True)
-    optimiser = torch.optim.Adam([weight, bias], lr=config.learning_rate)
+    weight = [torch.zeros(model.width, model.width, requires_grad=True) for _ in range(model.layers)]
+    bias = [torch.zeros(model.width, requires_grad=True) for _ in range(model.layers)]
+    optimiser = torch.optim.Adam([*weight, *bias], lr=config.learning_rate)
     at = sorted({round(i * config.steps / config.evaluations) for i in range(config.evaluations + 1)})
     best = _Best.start(weight, bias)
     history = [best.update(weight, bias, _held_out_kl(model, held_sites, held_final, weight, bias))]
@@ -195,7 +195,6 @@ def train_tuned_lens(
             group["lr"] = config.learning_rate * (1 - (step - 1) / config.steps)
         order = torch.randperm(len(train), generator=generator).tolist()
         sites, final = _gather(model, train, order, config.rows)
-        optimiser.zero_grad()
         _backward(model, sites, final, weight, bias, step)
         optimiser.step()
         if step in at:
@@ -238,8 +237,10 @@ def _gather(
     return joined[:-1], model.exit_hidden(joined[-1])
 
 
-def _backward(model: Decoder, sites: list[Tensor], final: Tensor, weight: Tensor, bias: Tensor, step: int) -> None:
-    """Accumulate gradients site by site, so that one site's logits are alive at a time."""
+def _backward(
+    model: Decoder, sites: list[Tensor], final: Tensor, weight: list[Tensor], bias: list[Tensor], step: int
+) -> None:
+    """Set the gradients site by site, so that one site's logits are alive at a time."""
     with torch.no_grad():
         log_p = log_probabilities(model.unembed(final[0]))
         p, entropy = log_p.exp(), torch.linalg.vecdot(log_p.exp(), log_p).mean()
@@ -248,13 +249,13 @@ def _backward(model: Decoder, sites: list[Tensor], final: Tensor, weight: Tensor
         loss = entropy - torch.linalg.vecdot(p, torch.log_softmax(logits, -1)).mean()
         if not bool(torch.isfinite(loss)):
             raise LensError(f"the loss of the tuned lens at site {site}, step {step} is {float(loss)}")
-        grads = torch.autograd.grad(loss, (weight, bias))
-        for parameter, grad in zip((weight, bias), grads, strict=True):
-            parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+        weight[site].grad, bias[site].grad = torch.autograd.grad(loss, (weight[site], bias[site]))
 
 
 @torch.no_grad()
-def _held_out_kl(model: Decoder, sites: list[Tensor], final: Tensor, weight: Tensor, bias: Tensor) -> np.ndarray:
+def _held_out_kl(
+    model: Decoder, sites: list[Tensor], final: Tensor, weight: list[Tensor], bias: list[Tensor]
+) -> np.ndarray:
     """Mean KL(final || lens) per site, 64 rows at a time."""
     totals = torch.zeros(len(sites), dtype=torch.float64)
     for start in range(0, final.shape[1], 64):
@@ -275,10 +276,10 @@ class _Best:
     kl: np.ndarray
 
     @classmethod
-    def start(cls, weight: Tensor, bias: Tensor) -> _Best:
-        return cls(weight.detach().clone(), bias.detach().clone(), np.full(len(weight), np.inf))
+    def start(cls, weight: list[Tensor], bias: list[Tensor]) -> _Best:
+        return cls(torch.stack(weight).detach(), torch.stack(bias).detach(), np.full(len(weight), np.inf))
 
-    def update(self, weight: Tensor, bias: Tensor, kl: np.ndarray) -> np.ndarray:
+    def update(self, weight: list[Tensor], bias: list[Tensor], kl: np.ndarray) -> np.ndarray:
         for site in np.flatnonzero(kl < self.kl):
-            self.weight[site], self.bias[site], self.kl[site] = weight.detach()[site], bias.detach()[site], kl[site]
+            self.weight[site], self.bias[site], self.kl[site] = weight[site].detach(), bias[site].detach(), kl[site]
         return kl

@@ -21,7 +21,9 @@ def run_list(root: Path, *, as_json: bool = False) -> int:
         return 0
     for run in runs:
         seeds = ",".join(map(str, run.seeds)) or "-"
-        print(f"{run.name:32} {run.status:10} {run.study:22} seeds {seeds:8} {run.started or '-':26} {run.reason}".rstrip())
+        print(
+            f"{run.name:32} {run.status:10} {run.study:22} seeds {seeds:8} {run.started or '-':26} {run.reason}".strip()
+        )
     if not runs:
         print(f"no runs in {root}", file=sys.stderr)
     return 0

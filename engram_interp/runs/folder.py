@@ -5,9 +5,9 @@
     RUN/tables/TABLE.parquet       all pieces of a table in order, written when the run is done
     RUN/tensors/NAME.safetensors
 
-A run is a list of shards, each a function of the configuration and the seed alone. Killed at any moment and started again with
-the same configuration, it skips the shards that exist and ends with the same bytes in every table. Misleads: the manifest of a
-run killed with SIGKILL still says "running".
+A run is a list of shards, each a function of the configuration and the seed alone. Killed at any moment and started
+again with the same configuration, it skips the shards that exist and ends with the same bytes in every table. Misleads:
+the manifest of a run killed with SIGKILL still says "running".
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def start_run(
         fresh = _continued(path, fresh)
     path.mkdir(parents=True, exist_ok=True)
     run = RunFolder(path, fresh)
-    run._update()  # noqa: SLF001 - same module
+    run._update()
     try:
         yield run
     except KeyboardInterrupt:
@@ -130,7 +130,9 @@ def _continued(path: Path, fresh: Manifest) -> Manifest:
     old = read_manifest(path)
     for key in ("study", "config", "models", "texts_sha256", "seeds"):
         if (was := getattr(old, key)) != (wanted := getattr(fresh, key)):
-            raise RunError(f"{path}: holds a run with another {key} (expected {wanted}, found {was}); choose another folder")
+            raise RunError(
+                f"{path}: holds a run with another {key} (expected {wanted}, found {was}); choose another folder"
+            )
     return fresh.model_copy(update={"started": old.started, "tables": old.tables, "tensors": old.tensors})
 
 

@@ -21,7 +21,7 @@ class RunError(ValueError):
 
 
 class Manifest(BaseModel):
-    """Everything needed to get the numbers again. `tables` maps each table to its rows; `models` names to weights hashes."""
+    """Everything needed to get the numbers again. `tables`: rows of each; `models`: weights hash of each."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 

@@ -92,7 +92,8 @@ def _line(row: pd.Series) -> str:
         return f"{row[name]:.3f} [{row[name + '_low']:.3f}, {row[name + '_high']:.3f}]"
 
     kept = "not estimable" if row["reason"] else interval("retained_above_chance")
-    return f"{row['task']:18} {row['condition']:28} retained above chance {kept:26} change of log p {interval('change_logprob')}"
+    change = interval("change_logprob")
+    return f"{row['task']:18} {row['condition']:28} retained above chance {kept:26} change of log p {change}"
 
 
 def known_kinds(kinds: Sequence[str]) -> tuple[str, ...]:

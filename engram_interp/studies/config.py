@@ -1,4 +1,4 @@
-"""What is one study? A strict YAML file: the model, the tasks, the texts, the seeds, and what the study itself needs."""
+"""What is one study? A strict YAML file: the model, the tasks, the texts, the seeds, and what this study needs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ C = TypeVar("C", bound="StudyConfig")
 class StudyConfig(StrictModel):
     """What every study has. Unknown keys are errors.
 
-    `model`: a bundled name or a checkpoint directory; `items` per task; `fit_texts` documents of `fit_corpus` (in the data folder)
-    fit the statistics, or bundled sentences when there is no data folder; `loss_texts` held-out documents of `loss_corpus` are
-    scored as text. `data` may be given on the command line and is not part of a run's identity: its texts are, by hash.
+    `model`: a bundled name or a checkpoint directory; `items` per task; `fit_texts` documents of `fit_corpus` (in the
+    data folder) fit the statistics, or bundled sentences when there is no data folder; `loss_texts` held-out documents
+    of `loss_corpus` are scored as text. `data` may be given on the command line and is not part of a run's identity:
+    its texts are, by hash.
     """
 
     model: str = "mini-engram"

@@ -1,15 +1,13 @@
 """How does a study run? `python -m experiments.NAME CONFIG [--seeds ...] [--out DIR] [--data DIR]`
 
-Configuration -> plan (a list of shards, each a function of configuration and seed alone) -> run folder -> tables and a figure.
-Shards that exist are skipped, so a killed study started again ends with the same bytes.
+Configuration -> plan (a list of shards, each a function of configuration and seed alone) -> run folder -> tables and a
+figure. Shards that exist are skipped, so a killed study started again ends with the same bytes.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,13 +18,11 @@ from tqdm import tqdm
 from engram_interp.models.protocol import MemoryModel
 from engram_interp.models.registry import load
 from engram_interp.runs.folder import RunFolder, start_run
-from engram_interp.studies.config import StudyConfig, load_study_config
+from engram_interp.studies.config import StudyConfig
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
-
-RUNS = Path("runs/studies")
 
 
 @dataclass(frozen=True)
@@ -71,30 +67,6 @@ class Study:
     config: type[StudyConfig]
     plan: Callable[[Context], Plan]
     report: Callable[[Context, dict[str, pd.DataFrame]], Report]
-
-
-def main(study: Study, arguments: Sequence[str] | None = None) -> int:
-    """Run a study from its command line; prints the headline and the run folder.
-
-    Raises: ConfigError, RunError, CheckpointError or ValueError from the library become one line on standard error and exit code 2.
-    """
-    parser = argparse.ArgumentParser(prog=f"python -m experiments.{study.name}")
-    parser.add_argument("config", type=Path, help="a YAML file, such as experiments/configs/%s.yaml" % study.name)
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the configuration's")
-    parser.add_argument("--out", type=Path, default=RUNS / study.name, help="run folder (default: %(default)s)")
-    parser.add_argument("--data", type=Path, help="folder with the corpora and eval/, instead of the configuration's")
-    given = parser.parse_args(arguments)
-    try:
-        config = load_study_config(study.config, given.config)
-        changes = {"seeds": tuple(given.seeds) if given.seeds else None, "data": given.data}
-        config = config.model_copy(update={k: v for k, v in changes.items() if v is not None})
-        report = run(study, config, given.out)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(*report.headline, sep="\n")
-    print(f"run folder: {given.out}")
-    return 0
 
 
 def run(study: Study, config: StudyConfig, out: Path) -> Report:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 HEADER = """# Experiments
 
-Each study is one command: a strict configuration, a run folder (manifest, parquet tables, figure.html), and a result with
-intervals. A study killed at any moment goes on where it was when started again, to the same bytes. `--seeds`, `--out` and
-`--data` override the configuration; `engram-interp runs list|show|table` reads the folders.
+Each study is one command: a strict configuration, a run folder (manifest, parquet tables, figure.html), and a result
+with intervals. A study killed at any moment goes on where it was when started again, to the same bytes. `--seeds`,
+`--out` and `--data` override the configuration; `engram-interp runs list|show|table` reads the folders.
 
 | study | question | command | tables |
 |---|---|---|---|

@@ -48,7 +48,7 @@ def study_tasks(config: StudyConfig, model: Decoder, seed: int) -> list[Task]:
 
 
 def _text_items(model: Decoder, texts: tuple[str, ...]) -> tuple[Item, ...]:
-    """The first window of each text, to be predicted from its start token on (from its first token where there is none)."""
+    """The first window of each text, predicted from the start token on (from its first token where there is none)."""
     start, items = len(start_tokens(model)), []
     for number, text in enumerate(texts):
         ids = tuple(next(iter(windows(model, text))).tokens[0, start:].tolist())

@@ -8,10 +8,9 @@ so that position 0 means the same thing in training and in use. Cost: one pass e
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,14 +19,11 @@ import numpy as np
 from jaxtyping import UInt16
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from engram_interp.gallery.files import CorpusError as CorpusError
+from engram_interp.gallery.files import read_jsonl as read_jsonl
+
 SPECIAL_TOKENS = ("<bos>", "<eos>", "<pad>")
 BOS_ID, EOS_ID, PAD_ID = range(3)
-_READ_BYTES = 2**17
-_WINDOW_BYTES = 2**27  # the shared corpora are packed with a 128 MiB zstd window
-
-
-class CorpusError(ValueError):
-    """A corpus file that cannot be read; the message names the file and the line."""
 
 
 @dataclass(frozen=True)
@@ -36,74 +32,6 @@ class Document:
 
     text: str
     title: str
-
-
-class _ZstdFrames(io.RawIOBase):
-    """The bytes of a zstd file of any number of frames; a file that ends inside a frame is an error, not a short text."""
-
-    def __init__(self, path: Path) -> None:
-        self._chunks = _decompressed(path)
-        self._rest = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        while not self._rest and (chunk := next(self._chunks, None)) is not None:
-            self._rest = chunk
-        taken = self._rest[: len(buffer)]
-        self._rest = self._rest[len(buffer) :]
-        buffer[: len(taken)] = taken
-        return len(taken)
-
-    def close(self) -> None:
-        self._chunks.close()
-        super().close()
-
-
-def _decompressed(path: Path) -> Generator[bytes, None, None]:
-    import zstandard
-
-    decompressor = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES)
-    frame = decompressor.decompressobj()
-    with path.open("rb") as file:
-        while chunk := file.read(_READ_BYTES):
-            while chunk:
-                if frame.eof:
-                    frame = decompressor.decompressobj()
-                yield frame.decompress(chunk)
-                chunk = frame.unused_data if frame.eof else b""
-    if not frame.eof:
-        raise EOFError("the file ends inside a zstd frame")
-
-
-def _open_lines(path: Path) -> io.BufferedReader:
-    return io.BufferedReader(_ZstdFrames(path), _READ_BYTES) if path.suffix == ".zst" else path.open("rb")
-
-
-def read_jsonl(path: Path) -> Iterator[dict]:
-    """The objects of a `.jsonl` or `.jsonl.zst` file, one at a time.
-
-    Raises: CorpusError naming file and line when a line is not a JSON object, or the file is not valid zstd or UTF-8.
-    """
-    number = 0
-    try:
-        with _open_lines(path) as lines:
-            for number, line in enumerate(lines, start=1):
-                record = json.loads(line.decode("utf-8"))
-                if not isinstance(record, dict):
-                    raise CorpusError(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}")
-                yield record
-    except UnicodeDecodeError as error:
-        raise CorpusError(f"{path}, line {number}: not UTF-8 ({error.reason})") from None
-    except json.JSONDecodeError as error:
-        raise CorpusError(f"{path}, line {number}: not JSON ({error.msg})") from None
-    except CorpusError:
-        raise
-    except FileNotFoundError:
-        raise CorpusError(f"{path}: no such file") from None
-    except Exception as error:  # noqa: BLE001 - zstandard.ZstdError, EOFError: both mean a damaged file
-        raise CorpusError(f"{path}, after line {number}: {error}") from None
 
 
 def read_documents(paths: Iterable[Path]) -> Iterator[Document]:

@@ -70,7 +70,7 @@ def measure_training_speed(config: TrainConfig, processes: int) -> TrainingSpeed
     for worker in workers:
         worker.join()
     tokens, gflops = (sum(column) for column in zip(*results, strict=True))
-    flops = 3 * active_flops(config.model)  # the backward pass costs twice the forward
+    flops = 3 * active_flops(config.model).total  # the backward pass costs twice the forward
     return TrainingSpeed(tokens, gflops, flops, processes)
 
 

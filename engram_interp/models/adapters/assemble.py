@@ -1,7 +1,8 @@
 """How does an Engram layer stored under other names become ours, without loading a table that does not fit?
 
-The module is built without memory (on the meta device) and its parameters are put in place. A table small enough becomes an
-ordinary parameter; a larger one is left in its file, and every forward reads the rows it addresses, each once.
+The module is built without memory (on the meta device) and its parameters are put in place. A table small enough
+becomes an ordinary parameter; a larger one is left in its file, and every forward reads the rows it addresses, each
+once.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def assemble_engram(
 ) -> Engram:
     """An Engram layer from loaded weights (our names, without the table) and a table.
 
-    Args: rows: a reader, loaded when it fits into `resident_bytes`, or the weight itself (shared, not copied); rows after the
-        last head are padding and are never read.
+    Args: rows: a reader, loaded when it fits into `resident_bytes`, or the weight itself (shared, not copied); rows
+        after the last head are padding and are never read.
     Raises: AdapterError when the table or a weight does not fit the hash and the options.
     """
     with torch.device("meta"):

@@ -1,8 +1,8 @@
 """What does reading another library's decoder need? A tap on a module, a layer's hook points, a tokenizer, a hash.
 
 A tap is a torch hook over a module's first input or output that exists only inside `attached`; a layer's hook points
-are tapped only when somebody hooked them, so an idle adapter runs the wrapped model untouched. Misleads: a layer that calls
-its parts other than as modules gives them no hook point.
+are tapped only when somebody hooked them, so an idle adapter runs the wrapped model untouched. Misleads: a layer that
+calls its parts other than as modules gives them no hook point.
 """
 
 from __future__ import annotations

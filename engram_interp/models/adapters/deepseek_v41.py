@@ -1,10 +1,12 @@
 """How are the memories of a DeepSeek-V4.1 checkpoint read from its raw safetensors, without the other 300 GB?
 
-Layout (`layers.{i}.engram.`): `embed.weight` FP8 E4M3 [rows, head] with `embed.scale` E8M0 per 32 columns; `wkv.weight` FP8
-[(M+1) D, mem] with `wkv.scale` per 32 x 32, the M keys branch-major, then the value; `q_weight`, `k_weight` [M, D]. Multipliers,
-primes and the token map are not stored: they are rebuilt from `config.json` and `tokenizer.json` and checked against
-`engram_num_embeddings` and `engram_compressed_vocab_size`. No convolution, no biases, copysign gate, eps 1e-20.
-Misleads: the released kernels round rows and projections to bfloat16; here everything after dequantisation is float32.
+Layout (`layers.{i}.engram.`): `embed.weight` FP8 E4M3 [rows, head] with `embed.scale` E8M0 per 32 columns;
+`wkv.weight` FP8 [(M+1) D, mem] with `wkv.scale` per 32 x 32, the M keys branch-major, then the value; `q_weight`,
+`k_weight` [M, D]. Multipliers, primes and the token map are not stored: they are rebuilt from `config.json` and
+`tokenizer.json` and checked against `engram_num_embeddings` and `engram_compressed_vocab_size`. No convolution, no
+biases, copysign gate, eps 1e-20.
+Misleads: the released kernels round rows and projections to bfloat16; here everything after dequantisation is
+float32.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ class DeepseekV41Config(BaseModel):
     def _consistent(self) -> DeepseekV41Config:
         if len(self.blocks) != len(self.rows):
             raise ValueError(
-                f"expected one engram_num_embeddings per engram_layer_ids, found {len(self.rows)} for {len(self.blocks)}"
+                f"expected one engram_num_embeddings per engram_layer_ids, found {len(self.rows)}, {len(self.blocks)}"
             )
         if self.head_width > SCALE_BLOCK and self.head_width % SCALE_BLOCK:
             raise ValueError(f"expected engram_head_dim in whole blocks of {SCALE_BLOCK}, found {self.head_width}")
@@ -68,16 +70,16 @@ def open_deepseek_v41(directory: Path, *, resident_bytes: int = RESIDENT_BYTES) 
     """Open the memories of a checkpoint directory.
 
     Args: resident_bytes: tables larger than this in float32 stay in their file and are read row by row.
-    Raises: AdapterError for a missing shard, a truncated or damaged file, a wrong dtype or shape, an unusable index, or a
-        configuration that contradicts the tokenizer or the tensors.
+    Raises: AdapterError for a missing shard, a truncated or damaged file, a wrong dtype or shape, an unusable index, or
+        a configuration that contradicts the tokenizer or the tensors.
     """
     config = _load_config(directory)
     tokenizer = load_tokenizer(directory)
     vocabulary = CompressedVocabulary.from_tokenizer(tokenizer)
     if vocabulary.size != config.compressed_vocab_size:
         raise AdapterError(
-            f"{directory}: config says engram_compressed_vocab_size {config.compressed_vocab_size}, the tokenizer compresses "
-            f"to {vocabulary.size}; every address depends on it"
+            f"{directory}: config says engram_compressed_vocab_size {config.compressed_vocab_size}, the tokenizer "
+            f"compresses to {vocabulary.size}; every address depends on it"
         )
     if config.pad_token_id >= vocabulary.raw_size:
         raise AdapterError(f"{directory}: expected a pad id below {vocabulary.raw_size}, found {config.pad_token_id}")
@@ -109,8 +111,9 @@ def _constants(config: DeepseekV41Config, directory: Path) -> list[HashConstants
         constants.append(HashConstants.regenerate(multipliers, primes))
         if constants[-1].rows != rows:
             raise AdapterError(
-                f"{directory / CONFIG}: block {block}: engram_vocab_size {config.rows_per_head} with {config.heads} heads of "
-                f"{config.max_order - 1} orders needs {constants[-1].rows} rows, engram_num_embeddings says {rows}"
+                f"{directory / CONFIG}: block {block}: engram_vocab_size {config.rows_per_head} with "
+                f"{config.heads} heads of {config.max_order - 1} orders needs {constants[-1].rows} rows, "
+                f"engram_num_embeddings says {rows}"
             )
     return constants
 

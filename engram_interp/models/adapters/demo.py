@@ -1,9 +1,10 @@
 """How are the modules of the published Engram demo opened?
 
-Two forms: a folder with `config.json` (the demo's `engram` and `backbone` sections), `tokenizer.json` and safetensors whose
-names end in the demo's own (`...{layer}....multi_head_embedding.embedding.weight`, `key_projs.{m}`, ...); or a recording, an
-`.npz` with `L{layer}.state.*` and `token_map` beside a `.json` of the same stem. The demo mocks attention and experts, so its
-memories are opened without a model around them. Constants are regenerated and compared with what is stored.
+Two forms: a folder with `config.json` (the demo's `engram` and `backbone` sections), `tokenizer.json` and safetensors
+whose names end in the demo's own (`...{layer}....multi_head_embedding.embedding.weight`, `key_projs.{m}`, ...); or a
+recording, an `.npz` with `L{layer}.state.*` and `token_map` beside a `.json` of the same stem. The demo mocks
+attention and experts, so its memories are opened without a model around them. Constants are regenerated and compared
+with what is stored.
 Misleads: the demo counts layers from 0 and the paper from 1.
 """
 
@@ -51,7 +52,7 @@ class _Memory(BaseModel):
     def _consistent(self) -> _Memory:
         if len(self.engram_vocab_size) != self.max_ngram_size - 1:
             raise ValueError(
-                f"expected {self.max_ngram_size - 1} engram_vocab_size, one per order, found {len(self.engram_vocab_size)}"
+                f"expected {self.max_ngram_size - 1} engram_vocab_size, found {len(self.engram_vocab_size)}"
             )
         if min(self.engram_vocab_size) < 2 or max(self.engram_vocab_size) >= 2**50:
             raise ValueError(f"expected engram_vocab_size in [2, 2^50), found {list(self.engram_vocab_size)}")
@@ -91,13 +92,15 @@ class _Source:
 def open_demo(path: Path) -> StandaloneMemory:
     """Open the memories of a demo folder, or of a recording (`.npz`).
 
-    Raises: AdapterError for anything missing, extra, misshaped, damaged, or constants that the configuration contradicts.
+    Raises: AdapterError for anything missing, extra, misshaped, damaged, or constants that the configuration
+        contradicts.
     """
     source = _read_recording(path) if path.suffix == ".npz" else _read_folder(path)
     config, vocabulary = source.config, source.vocabulary
     if config.compressed_vocab_size not in (None, vocabulary.size):
         raise AdapterError(
-            f"{path}: config says compressed_vocab_size {config.compressed_vocab_size}, the token map has {vocabulary.size}"
+            f"{path}: config says compressed_vocab_size {config.compressed_vocab_size}, "
+            f"the token map has {vocabulary.size}"
         )
     if config.engram.pad_id >= vocabulary.raw_size:
         raise AdapterError(f"{path}: expected a pad_id below {vocabulary.raw_size}, found {config.engram.pad_id}")

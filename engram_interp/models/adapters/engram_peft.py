@@ -1,10 +1,11 @@
 """How does a base model behave with an adapter that engram-peft trained? Read without importing that program.
 
-An adapter is `config.json` and `engram_adapters.safetensors` ({block}.multi_head_embedding / .gating / .short_conv). Hash
-constants are rebuilt from the configuration and the base model's tokenizer. Its hash is not the demo's, and is named for what it
-is, `engram_peft_1_2`: rows per order are divided by the heads, multipliers go to the oldest token first, and the window of an
-order below the largest starts at the padded origin, so a bigram is (x[t-2], x[t-1]) and does not see the current token. The
-`hc_mult` branches are copies of one residual stream, and their outputs are summed into it before the block.
+An adapter is `config.json` and `engram_adapters.safetensors` ({block}.multi_head_embedding / .gating / .short_conv).
+Hash constants are rebuilt from the configuration and the base model's tokenizer. Its hash is not the demo's, and is
+named for what it is, `engram_peft_1_2`: rows per order are divided by the heads, multipliers go to the oldest token
+first, and the window of an order below the largest starts at the padded origin, so a bigram is (x[t-2], x[t-1]) and
+does not see the current token. The `hc_mult` branches are copies of one residual stream, and their outputs are summed
+into it before the block.
 Misleads: gates of branches add up, so the effective gate of a token lies in (0, M), not (0, 1).
 """
 
@@ -203,7 +204,7 @@ def _open_site(
 
 
 def _refuse_conv_bias(files: TensorFiles, block: int, channels: int, read: set[str]) -> None:
-    """Some versions of the program gave the convolution a bias, which no published Engram has; only zeros can be read."""
+    """Some versions of the program gave the convolution a bias; only zeros can be read."""
     name = f"{block}.short_conv.conv.bias"
     if name in files.names:
         read.add(name)

@@ -1,7 +1,8 @@
-"""What do adapters share? A memory with the house's hook names, a lock, and recording; and a memory that comes without a model.
+"""What do adapters share? A memory with the house's hook names, lock and recording, with or without a model.
 
-Raw checkpoints too large to run (DeepSeek-V4.1) and the published demo's bare modules still answer everything that needs token
-ids and given hidden states: addresses, rows, keys, values, and, with captured hidden states, gates and writes.
+Raw checkpoints too large to run (DeepSeek-V4.1) and the published demo's bare modules still answer everything that
+needs token ids and given hidden states: addresses, rows, keys, values, and, with captured hidden states, gates and
+writes.
 Misleads: hidden states must come from the model itself; gates for made-up states say nothing about it.
 """
 

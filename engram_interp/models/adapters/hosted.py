@@ -1,9 +1,9 @@
 """How does a Hugging Face causal language model answer the questions the house model answers?
 
-The host keeps its own code. Every decoder layer gets two PyTorch hooks that pass its streams through `blocks.{i}.hook_resid_pre`
-and `blocks.{i}.hook_resid_post` (reshapes alone: no output changes by a bit), and the exit path is the host's own final norm and
-head. Cost: two views per layer. Misleads: a host that post-processes its logits (soft caps, scaling) is refused, because its
-unembedding is not what `unembed` would compute.
+The host keeps its own code. Every decoder layer gets two PyTorch hooks that pass its streams through
+`blocks.{i}.hook_resid_pre` and `blocks.{i}.hook_resid_post` (reshapes alone: no output changes by a bit), and the
+exit path is the host's own final norm and head. Cost: two views per layer. Misleads: a host that post-processes its
+logits (soft caps, scaling) is refused, because its unembedding is not what `unembed` would compute.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FINAL_NORMS = ("hyper_connection_mixer", "norm", "final_layernorm", "ln_f", "fi
 
 @dataclass(frozen=True, eq=False)
 class HostLayout:
-    """Where in a host its layers, final norm and head are. `streams` residual streams lie side by side in its hidden states."""
+    """Where a host keeps its layers, final norm and head; `streams` lie side by side in its hidden states."""
 
     layers: nn.ModuleList
     final_norm: nn.Module
@@ -214,10 +214,6 @@ class HostedModel(HookedMemory):
 
     def reduce_streams(self, hidden: Float[Tensor, "B T M D"]) -> Float[Tensor, "B T D"]:
         """The mean over streams (the host's own reduction sits inside its final norm and has no value of its own)."""
-        return hidden.mean(2)
-
-    def reduce_streams(self, hidden: Float[Tensor, "B T M D"]) -> Float[Tensor, "B T D"]:
-        """The mean over streams, for analyses that compare one vector per token; the exit path is `exit_hidden`."""
         return hidden.mean(2)
 
     def exit_hidden(self, hidden: Float[Tensor, "B T M D"]) -> Float[Tensor, "B T D"]:

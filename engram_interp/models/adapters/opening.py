@@ -1,7 +1,8 @@
 """What kind of model lies in this directory, and how is it opened?
 
-Recognised by `config.json` alone: a house checkpoint (`engram_interp` keys), `model_type` qwen4_exp or deepseek_v41, an
-engram-peft adapter (`model_type` engram, or its weight file), the published demo (an `engram` and a `backbone` section).
+Recognised by `config.json` alone: a house checkpoint (`engram_interp` keys), `model_type` qwen4_exp or deepseek_v41,
+an engram-peft adapter (`model_type` engram, or its weight file), the published demo (an `engram` and a `backbone`
+section).
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ def kind_of(path: Path) -> str:
     if "engram_layer_ids" in values and "engram_num_embeddings" in values:  # the release's own inference/config.json
         return "deepseek_v41"
     raise AdapterError(
-        f"{path / CONFIG}: not a model with a memory that is known here (model_type {model_type!r}); looked for a house "
-        f"checkpoint (routed_experts, active_experts, no unknown key), model_type {'/'.join(deepseek_v41.MODEL_TYPES)}, "
+        f"{path / CONFIG}: no known model with a memory (model_type {model_type!r}); looked for a house "
+        f"checkpoint (routed_experts, active_experts), model_type {'/'.join(deepseek_v41.MODEL_TYPES)}, "
         f"model_type {'/'.join(qwen4_exp.MODEL_TYPES)}, an engram-peft adapter (model_type engram or {PEFT_WEIGHTS}), "
         f"the demo (sections {' and '.join(CONFIG_SECTIONS)})"
     )
@@ -62,8 +63,8 @@ def open_model(
 ) -> HouseModel | HookedMemory:
     """Open a bundled model by name, or any recognised directory.
 
-    Args: base: the base model's directory, for an engram-peft adapter and nothing else. memory_only: of a qwen4_exp checkpoint,
-        open the memories without the model; None does so when its files exceed `WHOLE_MODEL_BYTES`.
+    Args: base: the base model's directory, for an engram-peft adapter and nothing else. memory_only: of a qwen4_exp
+        checkpoint, open the memories without the model; None does so when its files exceed `WHOLE_MODEL_BYTES`.
     Raises: CheckpointError (AdapterError) with one message that says what was expected and what was found.
     """
     if str(path) in BUNDLED and base is None:

@@ -1,10 +1,12 @@
-"""How is the memory of Qwen3.8-Flash-Next (`qwen4_exp`, there called PLE) recorded and changed inside transformers' own model?
+"""How is the memory of Qwen3.8-Flash-Next (`qwen4_exp`) recorded and changed inside transformers' own model?
 
-The model runs transformers' classes. In each PLE layer the forward is replaced, on that instance alone, by the same operations
-in the same order with hook points between them, so that logits stay equal bit for bit; the n-gram window and the convolution
-keep their cached states. Streams lie flattened as [B, T, M*D] there and are [B, T, M, D] at every hook point.
-Raw token ids, splitmix64 multipliers (seed 1234), windows that reset after each end of text, gains 1 + w, eps from the config.
-Misleads: `ple_layer_ids` are 1-based, blocks here are 0-based; slots count rows of their own head, the table holds them in one.
+The memory is called PLE there. The model runs transformers' classes. In each PLE layer the forward is replaced, on
+that instance alone, by the same operations in the same order with hook points between them, so that logits stay equal
+bit for bit; the n-gram window and the convolution keep their cached states. Streams lie flattened as [B, T, M*D]
+there and are [B, T, M, D] at every hook point. Raw token ids, splitmix64 multipliers (seed 1234), windows that reset
+after each end of text, gains 1 + w, eps from the config.
+Misleads: `ple_layer_ids` are 1-based, blocks here are 0-based; slots count rows of their own head, the table holds
+them in one.
 """
 
 from __future__ import annotations
@@ -32,9 +34,11 @@ MODEL_TYPES = ("qwen4_exp", "qwen4_exp_text")
 
 
 def open_qwen4_exp(directory: Path) -> Qwen4ExpModel:
-    """Open a checkpoint directory, its table in one tensor or in shards, with transformers' `Qwen4ExpForCausalLM` in float32.
+    """Open a checkpoint directory, its table in one tensor or in shards, with transformers' `Qwen4ExpForCausalLM` in
+    float32.
 
-    Raises: AdapterError for anything missing, extra, misshaped, damaged, or hash constants that the configuration contradicts.
+    Raises: AdapterError for anything missing, extra, misshaped, damaged, or hash constants that the configuration
+        contradicts.
     """
     from transformers import Qwen4ExpForCausalLM
 
@@ -151,7 +155,7 @@ def _stored(embedding: nn.Module) -> HashConstants:
 
 
 def _engram_of(ple: nn.Module, config: object, constants: HashConstants) -> Engram:
-    """The same layer as an `Engram`: table and projections shared, gains 1 + w copied. Its hook points are the model's."""
+    """The same layer as an `Engram`: table and projections shared, gains 1 + w copied, hook points the model's."""
     streams = (ple.hc_count, ple.hidden_size)
     eps = config.rms_norm_eps  # type: ignore[attr-defined]
     eos = ple.ple_embedding.eos_token_id

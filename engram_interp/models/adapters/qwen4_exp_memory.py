@@ -1,8 +1,9 @@
 """What do the memories of a Qwen3.8-Flash-Next checkpoint hold, without loading the model?
 
-The PLE tensors alone are read from the raw safetensors (`...layers.{i}.ple.*`), the table row by row from one tensor or from
-its shards, so a 190 GB checkpoint opens on a laptop. Everything that needs no running model can be asked; gates and writes need
-hidden states captured elsewhere. Constants are stored in this layout and are compared with those of the configuration.
+The PLE tensors alone are read from the raw safetensors (`...layers.{i}.ple.*`), the table row by row from one tensor
+or from its shards, so a 190 GB checkpoint opens on a laptop. Everything that needs no running model can be asked;
+gates and writes need hidden states captured elsewhere. Constants are stored in this layout and are compared with
+those of the configuration.
 Misleads: nothing shows how the rest of the model uses what the memory writes.
 """
 
@@ -89,8 +90,8 @@ def open_qwen4_exp_memory(directory: Path, *, resident_bytes: int = RESIDENT_BYT
 
 
 def regenerate(config: object, index: int) -> HashConstants:
-    """Multipliers and primes of memory number `index` from the configuration alone; heads of all memories take consecutive
-    primes.
+    """Multipliers and primes of memory number `index` from the configuration alone; heads of all memories take
+    consecutive primes.
     """
     from sympy import nextprime
 

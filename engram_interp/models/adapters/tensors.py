@@ -1,7 +1,8 @@
 """How are the small tensors of somebody else's checkpoint read without trusting it?
 
-The safetensors header says where a tensor lies; only those bytes are read, after every size has been checked against the file.
-FP8 weights with block scales are dequantised exactly: w[i, j] * scale[i // block, j // block], float32. Nothing is unpickled.
+The safetensors header says where a tensor lies; only those bytes are read, after every size has been checked against
+the file. FP8 weights with block scales are dequantised exactly: w[i, j] * scale[i // block, j // block], float32.
+Nothing is unpickled.
 Cost: the named tensors. Tables are not read here (`engram_interp.memory.safetensors_rows` reads them row by row).
 """
 
@@ -112,8 +113,10 @@ class TensorFiles:
         blocks = tuple(-(-size // block) for size in shape)
         exponents = self._bytes(self.entry(scale, ("F8_E8M0",), blocks)).reshape(blocks)
         factors = np.where(exponents == 255, np.nan, np.exp2(exponents.astype(np.float32) - 127)).astype(np.float32)
-        spread = torch.from_numpy(factors).repeat_interleave(block, 0).repeat_interleave(block, 1)
-        return self._finite(weight * spread[: shape[0], : shape[1]], name)
+        for row, of_row in enumerate(torch.from_numpy(factors)):  # in place: the matrix may be most of a small memory
+            spread = of_row.repeat_interleave(block)[: shape[1]]
+            weight[row * block : (row + 1) * block] *= spread
+        return self._finite(weight, name)
 
     def _raw(self, entry: TensorEntry) -> Tensor:
         return torch.from_numpy(self._bytes(entry)).view(_TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
@@ -162,7 +165,8 @@ def read_config(kind: type[Config], values: dict[str, object], path: Path) -> Co
 
 
 def fingerprint(files: Sequence[Path]) -> str:
-    """SHA-256 over the files: all bytes up to 4 GiB in total; beyond, `sampled:` and the hash of sizes, first and last MiB.
+    """SHA-256 over the files: all bytes up to 4 GiB in total; beyond, `sampled:` and the hash of sizes, first and last
+    MiB.
 
     Files that are not there (shards nobody needs) count with their name alone.
     """

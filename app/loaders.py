@@ -1,0 +1,146 @@
+"""What is opened and computed once for every tab: models, and results by weights and text.
+
+The models a page may open are the bundled ones and the directories named when the server was started; a name from the address
+bar is looked up among these and never used as a path. Results are frozen, so all sessions share them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import streamlit as st
+
+from engram_interp.models.config import ModelConfig
+from engram_interp.models.protocol import Decoder, MemoryModel
+from engram_interp.probes.gates import GateMap
+from engram_interp.probes.token_effects import TokenEffects
+
+MAX_TOKENS = 8192
+MAX_MODELS = 4
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--model", action="append", default=[])
+    parser.add_argument("--runs", default=None)
+    return parser.parse_known_args(sys.argv[1:])[0]
+
+
+def model_choices() -> dict[str, Path]:
+    """Names shown to the user and the directory of each: bundled models that are present, then those of the command line."""
+    from engram_interp.models.checkpoint import CONFIG
+    from engram_interp.models.registry import BUNDLED, find
+
+    choices = {name: find(name) for name in BUNDLED if (find(name) / CONFIG).is_file()}
+    for directory in map(Path, _arguments().model):
+        name, number = directory.name, 2
+        while name in choices:
+            name, number = f"{directory.name} ({number})", number + 1
+        choices[name] = directory
+    return choices
+
+
+def runs_directory() -> Path | None:
+    """The folder of run folders: the one named at the start, else `runs` where the server was started."""
+    named = _arguments().runs
+    folder = Path(named) if named else Path("runs")
+    return folder if folder.is_dir() else None
+
+
+def model(name: str) -> Decoder | MemoryModel:
+    """The model of a name among `model_choices`; one copy for all tabs.
+
+    Raises: ValueError for another name, CheckpointError for a checkpoint that cannot be opened.
+    """
+    choices = model_choices()
+    if name not in choices:
+        raise ValueError(f"unknown model {name!r}: expected one of {', '.join(choices)}")
+    return _open(str(choices[name]))
+
+
+@st.cache_resource(max_entries=MAX_MODELS, show_spinner="Opening the model: configuration, weights, self-check of shapes")
+def _open(directory: str) -> Decoder | MemoryModel:
+    from engram_interp.models.adapters.opening import open_model
+
+    return open_model(Path(directory))
+
+
+def config(name: str) -> ModelConfig | None:
+    """The configuration of a house checkpoint, without opening its weights; None for another kind."""
+    from engram_interp.models.checkpoint import CheckpointError, load_config
+
+    try:
+        return load_config(model_choices()[name])
+    except CheckpointError:
+        return None
+
+
+def gates(name: str, text: str) -> GateMap:
+    """Gates of a text.
+
+    Raises: ValueError for an empty or too long text or a model without memory.
+    """
+    opened = model(name)
+    return _gates(opened, opened.identity.weights_sha256, text)
+
+
+@st.cache_resource(max_entries=64, show_spinner="Reading the gates")
+def _gates(_model: MemoryModel, weights: str, text: str) -> GateMap:  # noqa: ARG001 - part of the key
+    from engram_interp.probes.gates import read_gates
+
+    return read_gates(_model, text, limit=MAX_TOKENS)
+
+
+def effects(
+    name: str, text: str, positions: tuple[int, int], blocks: tuple[int, ...] | None = None, kind: str = "output_zero"
+) -> TokenEffects:
+    """The next token with and without memory, for a stretch of a text."""
+    opened = model(name)
+    return _effects(opened, opened.identity.weights_sha256, text, positions, blocks, kind)
+
+
+@st.cache_resource(max_entries=128, show_spinner="Reading the text without the memory")
+def _effects(
+    _model: MemoryModel, weights: str, text: str, positions: tuple[int, int], blocks: tuple[int, ...] | None, kind: str
+) -> TokenEffects:  # fmt: skip
+    from engram_interp.probes.token_effects import token_effects
+
+    statistics = statistics_for(_model, weights, kind)
+    return token_effects(_model, text, positions=positions, blocks=blocks, kind=kind, statistics=statistics, limit=MAX_TOKENS)
+
+
+def statistics_for(_model: MemoryModel, weights: str, kind: str):  # noqa: ANN201
+    """Statistics fitted on the gallery for the kinds of ablation that need them, else None."""
+    import inspect
+
+    from engram_interp.hooks import KINDS
+
+    takes = "statistics" in inspect.signature(KINDS[kind].build).parameters
+    return memory_statistics(_model, weights) if takes else None
+
+
+@st.cache_resource(max_entries=4, show_spinner="Measuring what the memory usually writes")
+def memory_statistics(_model: MemoryModel, weights: str):  # noqa: ANN201, ARG001
+    """What a memory usually writes, over the bundled gallery."""
+    from engram_interp.hooks import collect_memory_statistics
+
+    return collect_memory_statistics(_model, gallery_texts())
+
+
+@st.cache_data(show_spinner=False)
+def gallery_texts() -> list[str]:
+    """The bundled sentences."""
+    from engram_interp.gallery import load_gallery
+
+    return [sentence.text for sentence in load_gallery()]
+
+
+@st.cache_resource(max_entries=8, show_spinner="Counting the n-grams of the reference corpus")
+def corpus_counts(_model: MemoryModel, weights: str, block: int, texts: tuple[str, ...]):  # noqa: ANN201, ARG001
+    """The n-grams of some texts under the hash of one memory."""
+    from engram_interp.memory.ngram_counts import count_ngrams
+    from engram_interp.probes.memory_site import hash_of, site_of, token_ids
+
+    return count_ngrams(hash_of(site_of(_model, block)), token_ids(_model, texts))

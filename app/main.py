@@ -1,0 +1,32 @@
+"""The dashboard: six pages, each titled with its question. Started by `engram-interp app`."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+import loaders
+import page_parts
+
+PAGES = {
+    "Gates": "views/gates.py",
+    "Lens": "views/lens.py",
+    "Similarity": "views/similarity.py",
+    "Ablate": "views/ablate.py",
+    "Memory": "views/memory.py",
+    "Runs": "views/runs.py",
+}
+
+st.set_page_config(page_title="engram_interp", page_icon=":material/neurology:", layout="wide")
+page = st.navigation(
+    [st.Page(path, title=title, default=title == "Gates") for title, path in PAGES.items()], position="top"
+)
+with st.sidebar:
+    choices = loaders.model_choices()
+    if choices:
+        st.selectbox("Model", list(choices), key="model", bind="query-params", persist_state="session")
+        page_parts.model_card(st.session_state["model"])
+    st.caption("The address of this page is a link to what it shows.")
+if choices:
+    page.run()
+else:
+    page_parts.no_models()
