@@ -36,7 +36,7 @@ def _with_and_without(view: View, token: int, window: tuple[int, int]) -> None:
         columns = st.columns(4)
         columns[0].metric("Next token", visible(effects.following[at]))
         columns[1].metric("log p with − without", f"{effects.change[at]:+.2f} nats", help="Positive: the memory helps.")
-        columns[2].metric("Rank of the next token", f"{effects.rank[0, at]} with, {effects.rank[1, at]} without")
+        columns[2].metric("Its rank with → without", f"{effects.rank[0, at]} → {effects.rank[1, at]}")
         columns[3].metric("KL(with ‖ without)", f"{effects.kl[at]:.3f} nats")
     else:
         st.caption(f"The text ends here: no next token to judge. KL(with ‖ without) = {effects.kl[at]:.3f} nats")

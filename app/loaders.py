@@ -87,7 +87,7 @@ def gates(name: str, text: str) -> GateMap:
 
 
 @st.cache_resource(max_entries=64, show_spinner="Reading the gates")
-def _gates(_model: MemoryModel, weights: str, text: str) -> GateMap:  # noqa: ARG001 - part of the key
+def _gates(_model: MemoryModel, weights: str, text: str) -> GateMap:
     from engram_interp.probes.gates import read_gates
 
     return read_gates(_model, text, limit=MAX_TOKENS)
@@ -122,7 +122,7 @@ def statistics_for(_model: MemoryModel, weights: str, kind: str):  # noqa: ANN20
 
 
 @st.cache_resource(max_entries=4, show_spinner="Measuring what the memory usually writes")
-def memory_statistics(_model: MemoryModel, weights: str):  # noqa: ANN201, ARG001
+def memory_statistics(_model: MemoryModel, weights: str):  # noqa: ANN201
     """What a memory usually writes, over the bundled gallery."""
     from engram_interp.hooks import collect_memory_statistics
 
@@ -138,9 +138,25 @@ def gallery_texts() -> list[str]:
 
 
 @st.cache_resource(max_entries=8, show_spinner="Counting the n-grams of the reference corpus")
-def corpus_counts(_model: MemoryModel, weights: str, block: int, texts: tuple[str, ...]):  # noqa: ANN201, ARG001
+def corpus_counts(_model: MemoryModel, weights: str, block: int, texts: tuple[str, ...]):  # noqa: ANN201
     """The n-grams of some texts under the hash of one memory."""
     from engram_interp.memory.ngram_counts import count_ngrams
     from engram_interp.probes.memory_site import hash_of, site_of, token_ids
 
     return count_ngrams(hash_of(site_of(_model, block)), token_ids(_model, texts))
+
+
+@st.cache_data(max_entries=16, show_spinner=False)
+def _task_forwards(_model: MemoryModel, weights: str, limit: int) -> int:
+    from engram_interp.probes.ablation import default_conditions
+    from engram_interp.probes.scoring import batches, encode_items
+    from engram_interp.probes.tasks import GENERATED_TASKS, load_tasks
+
+    tasks = load_tasks(GENERATED_TASKS, _model.tokenizer, limit=limit)
+    scored = sum(len(list(batches(encode_items(_model, task.items)))) for task in tasks)
+    return len(gallery_texts()) + scored * (1 + len(default_conditions(_model)))
+
+
+def task_forwards(model: MemoryModel, limit: int) -> int:
+    """About how many forwards the ablation study takes, for its progress."""
+    return _task_forwards(model, model.identity.weights_sha256, limit)

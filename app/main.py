@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import streamlit as st
+from pathlib import Path
 
 import loaders
 import page_parts
+import streamlit as st
 
 PAGES = {
     "Gates": "views/gates.py",
@@ -16,7 +17,7 @@ PAGES = {
     "Runs": "views/runs.py",
 }
 
-st.set_page_config(page_title="engram_interp", page_icon=":material/neurology:", layout="wide")
+st.set_page_config(page_title="engram_interp", page_icon=str(Path(__file__).with_name("icon.png")), layout="wide")
 page = st.navigation(
     [st.Page(path, title=title, default=title == "Gates") for title, path in PAGES.items()], position="top"
 )

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import loaders
 import streamlit as st
 
-import loaders
 from engram_interp.models.registry import BUNDLED
 from engram_interp.runs import Provenance
 
@@ -104,3 +104,18 @@ def figure(plot: go.Figure, key: str, alt: str = "") -> None:
 def table(frame: pd.DataFrame, key: str, height: int | str = "auto") -> None:
     """A table without its index."""
     st.dataframe(frame, hide_index=True, key=f"table_{key}", height=height)
+
+
+def lens_choices(models: list, results: list, at: int) -> pd.DataFrame:
+    """First choice, KL and entropy of every layer of every model after one token."""
+    import pandas as pd
+
+    from engram_interp.figures.gatemap import show
+    from engram_interp.models.text import show_tokens
+
+    columns: dict[str, object] = {"layer": list(range(results[0].sites))}
+    for model, result in zip(models, results, strict=True):
+        columns[f"{result.model}: first choice"] = [show(t) for t in show_tokens(model.tokenizer, result.top1[:, at])]
+        columns[f"{result.model}: KL, nats"] = result.kl[:, at]
+        columns[f"{result.model}: entropy, nats"] = result.entropy[:, at]
+    return pd.DataFrame(columns)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import streamlit as st
-
 import loaders
+import streamlit as st
 import texts
+
 from engram_interp.probes.token_readings import Quantity
 
 DEFAULT_TEXT = "Only Alexander the Great could tame the horse Bucephalus. By the way, the Princess of Wales agreed."
@@ -66,10 +66,10 @@ def gates_view(model: str, text: str, layers: tuple[int, ...], branches: int, to
     take_selection("strip")
     with st.container(horizontal=True, gap="medium"):
         names = [str(layer) for layer in layers]
-        _forget_unless("layer", names)
+        forget_unless("layer", names)
         st.segmented_control("Engram layer", names, default=names[0], required=True, key="layer", bind="query-params")
         names = ["mean", "max", *map(str, range(branches))]
-        _forget_unless("branch", names)
+        forget_unless("branch", names)
         st.segmented_control("Branch", names, default="mean", required=True, key="branch", bind="query-params")
         st.segmented_control("Colour by", list(QUANTITIES), default="gate", required=True, key="by", bind="query-params")
     pages = -(-tokens // WINDOW)
@@ -117,6 +117,12 @@ def share_token(token: int, default: int) -> None:
     _set("token", None if token == default else str(token))
 
 
+def forget_unless(key: str, options: list[str]) -> None:
+    """Another model may not have the layer or branch chosen before."""
+    if key in st.session_state and st.session_state[key] not in options:
+        del st.session_state[key]
+
+
 def _use_example() -> None:
     if st.session_state["example"] != _OWN_WORDS:
         st.session_state["text_box"] = st.session_state["example"]
@@ -131,12 +137,6 @@ def _chosen_token(text: str, tokens: int) -> int | None:
     if state.get("token_of") != text or not 0 <= state.get("token", -1) < tokens:
         return None
     return state["token"]
-
-
-def _forget_unless(key: str, options: list[str]) -> None:
-    """Another model may not have the layer or branch chosen before."""
-    if key in st.session_state and st.session_state[key] not in options:
-        del st.session_state[key]
 
 
 def _from_address(short: str, stored: str) -> str | None:

@@ -47,6 +47,14 @@ def app_command(models: Sequence[str] = (), runs: str | None = None, port: int |
     return [sys.executable, "-m", "streamlit", "run", str(app_directory() / "main.py"), *options, "--", *own]
 
 
+def app_environment() -> dict[str, str]:
+    """The environment of the server: it finds this very package, installed or not."""
+    paths = [str(Path(__file__).resolve().parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return environment
+
+
 def run_app(models: Sequence[str] = (), port: int | None = None, headless: bool = False, runs: str | None = None) -> int:
     """Serve the dashboard until it is stopped; returns the server's exit code.
 
@@ -55,9 +63,7 @@ def run_app(models: Sequence[str] = (), port: int | None = None, headless: bool 
     if importlib.util.find_spec("streamlit") is None:
         raise ValueError("the dashboard needs Streamlit: pip install 'engram-interp[app]'")
     command = app_command(models, runs, port, headless)
-    environment = {**os.environ, "STREAMLIT_BROWSER_GATHER_USAGE_STATS": "false"}
-    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
-    server = subprocess.Popen(command, env=environment)
+    server = subprocess.Popen(command, env=app_environment())
     try:
         return server.wait()
     except KeyboardInterrupt:

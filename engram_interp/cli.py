@@ -55,6 +55,7 @@ def gates(
     *,
     text: str | None = None,
     file: Path | None = None,
+    base: Path | None = None,
     out: Path | None = None,
     json: bool = False,
 ) -> int:
@@ -62,17 +63,18 @@ def gates(
 
     Args:
         model: A bundled name or a model directory.
+        base: The base model an adapter belongs to.
         text: The text to read.
         file: Read the text from this file instead.
         out: Write .html, .csv or .json here.
         json: Print the record as JSON instead of coloured strips.
     """
-    from engram_interp.models.registry import load
+    from engram_interp.models.adapters.opening import open_model
     from engram_interp.probes.gates import read_gates
 
     if (text is None) == (file is None):
         raise ValueError("expected either --text or --file")
-    result = read_gates(load(model), text if text is not None else file.read_text(encoding="utf-8"))  # type: ignore[union-attr]
+    result = read_gates(open_model(model, base=base), text if text is not None else file.read_text(encoding="utf-8"))  # type: ignore[union-attr]
     if out is not None:
         result.write(out)
     if json:
@@ -321,6 +323,54 @@ def ablate(
     from engram_interp.studies.command import run_ablate
 
     return run_ablate(model, config, data=data, as_json=json, out=out)
+
+
+@app.command
+def evaluate(
+    model: Positional[Model],
+    *,
+    against: str | None = None,
+    suite: Literal["mini"] = "mini",
+    data: Path | None = None,
+    items: int = 2000,
+    articles: int | None = None,
+    seed: int = 0,
+    json: bool = False,
+) -> int:
+    """Measure what a model knows: held-out loss, phrases, copying, facts, LAMBADA, BLiMP, induction.
+
+    Args:
+        model: A bundled name or a model directory.
+        against: Another model to compare with, item by item.
+        suite: The set of tasks.
+        data: Evaluation data (enwiki_2015_core.heldout.jsonl.zst, eval/*.jsonl.zst); the bundled gallery if absent.
+        items: Items per task at the most.
+        articles: Held-out articles at the most.
+        seed: Seed of everything drawn.
+        json: Print the scores as JSON.
+    """
+    from engram_interp.models.adapters.opening import open_model
+    from engram_interp.studies.evaluation import compare_evaluations
+    from engram_interp.studies.evaluation import evaluate as run_suite
+
+    names = [model] if against is None else [model, against]
+    options = {"limit": items, "articles": articles, "seed": seed, "progress": sys.stderr.isatty()}
+    results = [run_suite(open_model(name), data, **options) for name in names]
+    if data is None:
+        print("no --data: bundled gallery and generated tasks only", file=sys.stderr)
+    for name in results[0].missing:
+        print(f"left out: {name} (no data)", file=sys.stderr)
+    if json:
+        difference = compare_evaluations(*results).to_dict("records") if against else None
+        _json({**results[0].as_dict(), "against": results[1].as_dict() if against else None, "difference": difference})
+        return 0
+    for result in results:
+        _print(result.model, result.table().to_string(index=False))
+        if result.bits_per_byte:
+            _print(f"held-out bits per byte: {result.bits_per_byte}")
+    if against:
+        _print(f"{results[0].model} minus {results[1].model}", compare_evaluations(*results).to_string(index=False))
+    return 0
 
 
 @app.command

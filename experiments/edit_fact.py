@@ -14,8 +14,8 @@ from pydantic import Field
 
 from engram_interp.figures.bars import Bars, bars_figure
 from engram_interp.models.config import StrictModel
-from engram_interp.probes.edit_specificity import edit_specificity
 from engram_interp.probes.editing import edit_slots
+from engram_interp.probes.specificity import edit_specificity
 from engram_interp.runs import texts_hash
 from engram_interp.studies import Context, Plan, Report, Shard, Study, StudyConfig, main
 from engram_interp.studies.texts import fit_texts

@@ -34,7 +34,7 @@ def test_figure_4b_of_the_paper(shared):
     printed = np.array(figures["fig4b_white_line_a_j"])
     assert heatmap.shape == (30, 30)
     assert np.abs(soft_alignment(heatmap) - printed).max() <= 0.2
-    # The values were read off colours, so several tie at the fifth place; only those columns depend on the rule for ties.
+    # The values were read off colours, so several tie at the fifth place; only there does the rule for ties matter.
     lower = soft_alignment(heatmap, ties="lower")
     ranked = -np.sort(-heatmap, axis=0)
     tied = ranked[4] == ranked[5]

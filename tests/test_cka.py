@@ -361,13 +361,6 @@ def test_undefined_values_say_why():
     assert np.isnan(result.value)
     assert not result.estimate.estimable
     assert any("x, y: undefined" in w for w in result.warnings)
-    # Across documents the estimate of a positive quantity can be negative.
-    found = [
-        linear_cka(draw(8, 3, s), draw(8, 3, s + 1), groups=np.arange(8) // 2, companions=False) for s in range(30)
-    ]
-    negative = [r for r in found if r.hsic_xx <= 0]
-    assert negative
-    assert all(np.isnan(r.value) for r in negative)
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from engram_interp.hooks.overlay import Overlay, OverlayError, RowEdit, apply_overlay, load_overlay, save_overlay
-from engram_interp.probes.edit_specificity import edit_specificity
 from engram_interp.probes.editing import edit_slots
+from engram_interp.probes.specificity import edit_specificity
 
 PROMPT, TARGET = "The Prince of Wales lives in", " Vienna"
 CONTINUATION = " and the river flows to the sea by the way of the old town."

@@ -222,6 +222,10 @@ def test_a_raw_published_layout_is_looked_up_as_recorded(shared: Path) -> None:
     assert all(norm > 0 for reading in result.ngrams for norm in reading.norms)
     with pytest.raises(ValueError, match="without its unembedding"):
         read_slot(model, 0)
+    alone = read_slot(model, 3, vocab=False)
+    assert alone.norm == pytest.approx(float(np.linalg.norm(site.rows.read(np.array([3])))))
+    assert alone.promoted == ()
+    assert alone.table()["row"].tolist() == [3]
 
 
 def test_commands_print_json_and_tables(
@@ -250,7 +254,8 @@ def test_commands_print_json_and_tables(
     assert ask(commands.run_access, path, corpus, index=index)["tokens"] == direct["tokens"]
     hottest = ask(commands.run_access, path, corpus)["hottest"][0][0]
     assert ask(commands.run_read, path, hottest, index=index)["ngrams"]
-    assert len(ask(commands.run_rows, path)["heads"]) == 8
+    assert [h["read"] > 0 for h in ask(commands.run_rows, path)["heads"]] == [True] * 8
+    assert [h["read"] for h in ask(commands.run_rows, path, stats=False)["heads"]] == [0] * 8
     weights = str(model / "model.safetensors")
     bare = ask(commands.run_rows, weights, tensor="blocks.1.engram.table.weight")
     assert bare["heads"][0]["rows"] == tiny_engram.engram(1).ngram_hash.rows

@@ -8,7 +8,7 @@ import torch
 
 from engram_interp.hooks import ablate
 from engram_interp.hooks.site import Site
-from engram_interp.probes.gate_credit import gate_credit, rank_correlation
+from engram_interp.probes.credit import gate_credit, rank_correlation
 from engram_interp.probes.patching import (
     ALL,
     STAGES,
@@ -18,7 +18,7 @@ from engram_interp.probes.patching import (
     stage_hook,
     transplant,
 )
-from engram_interp.probes.slot_effects import WHOLE, slot_effects
+from engram_interp.probes.slot_ablation import WHOLE, slot_effects
 
 CLEAN, CORRUPTED = "The Prince of Wales lives in", "The Prince of London lives in"  # equally many tokens
 EVEN = [(i, i) for i in (1, 4, 5, 8)]  # a shared prefix, the entity, what follows

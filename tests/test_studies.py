@@ -131,7 +131,7 @@ def test_the_list_of_studies_is_up_to_date():
 
 
 def test_the_ablate_command_prints_and_writes(checkpoint, tmp_path, capsys):
-    from engram_interp.studies.command import run_ablate
+    from engram_interp.studies.commands import run_ablate
 
     config = tmp_path / "c.yaml"
     config.write_text(yaml.safe_dump({**SMALL, "conditions": [{"kind": "gate_scale", "options": {"scale": 0.5}}]}))

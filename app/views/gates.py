@@ -11,7 +11,6 @@ import state
 import streamlit as st
 from gate_strip import gate_strip
 
-
 from engram_interp.figures.token_strip import describe, hover_texts, strip_data, strip_svg
 from engram_interp.probes.gates import GateMap
 from engram_interp.probes.token_memory import ngram_labels, slot_numbers

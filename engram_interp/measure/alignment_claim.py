@@ -55,7 +55,7 @@ class SeedPairEvidence:
 
     def as_dict(self) -> dict[str, object]:
         """Plain data for JSON."""
-        plain = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self).items()}
+        plain: dict[str, object] = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self).items()}
         return plain | {"beyond_null": {k: v.tolist() for k, v in vars(self.beyond_null).items()}}
 
 

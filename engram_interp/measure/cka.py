@@ -282,8 +282,8 @@ def _companions(
         "rms": _hsic([rms_rows(x) for x in a], [rms_rows(y) for y in b], documents).cka(),
     }
     if all(x.shape[1] > 1 for x in a + b):
-        dropped = ([without_top_feature(x) for x in side] for side in (centred_a, centred_b))
-        found["drop_top"] = _hsic(*dropped, documents).cka()
+        dropped_a, dropped_b = ([without_top_feature(x) for x in side] for side in (centred_a, centred_b))
+        found["drop_top"] = _hsic(dropped_a, dropped_b, documents).cka()
     return {name: matrix.numpy() for name, matrix in found.items()}
 
 
@@ -297,7 +297,7 @@ def _cell_warnings(
     ]
     for name, matrix in extra.items():
         gap = np.nan_to_num(np.abs(matrix - values), nan=0.0)
-        i, j = np.unravel_index(int(gap.argmax()), gap.shape)
+        i, j = map(int, np.unravel_index(int(gap.argmax()), gap.shape))
         count = int((gap > 0.1).sum())
         where = f"{names_a[i]}, {names_b[j]}" + (f" and {count - 1} more cells" if count > 1 else "")
         notes += [f"{where}: {w}" for w in disagreements(float(values[i, j]), {name: float(matrix[i, j])})]

@@ -1,4 +1,4 @@
-"""`engram-interp cka ENGRAM BASELINE` and `engram-interp cka --from-heatmap FILE`: the similarity probe from a terminal."""
+"""`engram-interp cka ENGRAM BASELINE` and `cka --from-heatmap FILE`: the similarity probe from a terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def run_cka(
     control: str | None = None,
     positions: Positions = "entity_final",
     k: int = PAPER_K,
-    permutations: int = 200,
+    permutations: int = 100,
     seed: int = 0,
     as_json: bool = False,
     out: Path | None = None,
@@ -73,6 +73,10 @@ def _require_suffix(out: Path | None) -> None:
         raise ValueError(f"expected --out to end in .json, .html or .csv, found {out.name!r}")
 
 
+def _write(path: Path, content: str) -> None:
+    path.write_text(content, encoding="utf-8")
+
+
 def _emit(result, summary: list[str], as_json: bool, out: Path | None) -> int:  # noqa: ANN001 - either result
     if out is not None:
         from engram_interp.models.checkpoint import write_atomically
@@ -83,7 +87,7 @@ def _emit(result, summary: list[str], as_json: bool, out: Path | None) -> int:  
             ".csv": lambda: result.table().to_csv(index=False),
         }[out.suffix]
         content = write()
-        write_atomically(out, lambda path: path.write_text(content, encoding="utf-8") and None)
+        write_atomically(out, lambda path: _write(path, content))
     text = json.dumps(result.as_dict(), allow_nan=False) if as_json else "\n".join(summary)
     sys.stdout.write(text + "\n")
     return 0

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -107,7 +107,7 @@ def from_heatmap_file(path: Path | str, k: int = PAPER_K) -> HeatmapAlignment:
     return HeatmapAlignment(k, values, rows, columns, index, null, parabola_argmax(values), tuple(notes))
 
 
-def plain(value: object) -> object:
+def plain(value: Any) -> Any:
     """Plain data for JSON: arrays become lists, what is not finite becomes None."""
     if isinstance(value, np.ndarray):
         return plain(value.tolist())

@@ -12,7 +12,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Protocol, runtime_checkable
+
+from tyro.conf import Positional, arg
 
 from engram_interp.memory.gguf_rows import open_rows
 from engram_interp.memory.ngram_index import NgramIndex, build_index
@@ -24,43 +26,60 @@ from engram_interp.probes.memory_rows import access_report, diff_tables, row_sta
 from engram_interp.probes.memory_site import AddressedModel, hash_of, site_of, token_ids
 from engram_interp.probes.memory_table import lookup, neighbours, read_slot
 
+ModelPath = Positional[Annotated[str, arg(help="a bundled name or a model directory")]]
+SourcePath = Positional[Annotated[str, arg(help="a bundled name, a model directory, or a table file")]]
+Row = Positional[Annotated[int, arg(help="row of the flat table, as lookup prints it")]]
+Texts = Annotated[Path, arg(help="corpus: .jsonl or .jsonl.zst with a `text` per line, else one text per line")]
+Block = Annotated[int | None, arg(help="which memory, by 0-based block; default the first")]
+Index = Annotated[Path | None, arg(help="directory of the corpus's n-grams on disk; built from --texts if absent")]
+Tensor = Annotated[str | None, arg(help="read this tensor of the files instead of opening a model")]
+Base = Annotated[str | None, arg(help="the base model of an adapter")]
+Json = Annotated[bool, arg(help="print everything as JSON")]
+Out = Annotated[Path | None, arg(help="write .json, .csv or .html (the figure) here")]
+
 _TABLE_SUFFIXES = (".safetensors", ".gguf", ".json")
+
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
 
 
 @runtime_checkable
 class _Result(Protocol):
-    def table(self): ...  # noqa: ANN202
+    def table(self) -> pd.DataFrame: ...
+    def figure(self) -> go.Figure: ...
     def as_dict(self) -> dict[str, object]: ...
 
 
 def run_lookup(
-    path: str,
-    text: str,
+    path: ModelPath,
+    text: Positional[str],
     *,
-    block: int | None = None,
-    base: str | None = None,
-    json: bool = False,
-    out: Path | None = None,
+    block: Block = None,
+    base: Base = None,
+    json: Json = False,
+    out: Out = None,
 ) -> int:
     """`memory lookup PATH TEXT`: compressed n-grams, slots per order and head, row norms."""
-    return _say(lookup(open_model(path, base=base), text, block=block), json, out)
+    return _say(lookup(_open(path, base=base), text, block=block), json, out)
 
 
 def run_collisions(
-    path: str,
-    texts: Path,
+    path: ModelPath,
+    texts: Texts,
     *,
-    block: int | None = None,
-    index: Path | None = None,
+    block: Block = None,
+    index: Index = None,
     inspect: int = 8,
-    base: str | None = None,
-    json: bool = False,
-    out: Path | None = None,
+    base: Base = None,
+    json: Json = False,
+    out: Out = None,
 ) -> int:
     """`memory collisions PATH --texts FILE`. `index`: keep n-grams in this directory (built if absent) instead of
     memory.
     """
-    model = open_model(path, base=base)
+    model = _open(path, base=base)
     counts = _index(model, index, texts, block)
     shown = list(_first(read_texts(texts), inspect)) if counts else list(read_texts(texts))
     return _say(
@@ -69,18 +88,18 @@ def run_collisions(
 
 
 def run_access(
-    path: str,
-    texts: Path,
+    path: ModelPath,
+    texts: Texts,
     *,
-    block: int | None = None,
-    index: Path | None = None,
+    block: Block = None,
+    index: Index = None,
     hit_rates: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95, 0.99),
-    base: str | None = None,
-    json: bool = False,
-    out: Path | None = None,
+    base: Base = None,
+    json: Json = False,
+    out: Out = None,
 ) -> int:
     """`memory access PATH --texts FILE`: hot rows, Zipf curve, cache size for a hit rate."""
-    model = open_model(path, base=base)
+    model = _open(path, base=base)
     counts = _index(model, index, texts, block)
     corpus = [] if counts else list(read_texts(texts))
     report = access_report(model, corpus, block=block, index=counts, hit_rates=hit_rates, progress=_progress())
@@ -88,62 +107,69 @@ def run_access(
 
 
 def run_rows(
-    path: str,
+    path: SourcePath,
     *,
-    block: int | None = None,
-    tensor: str | None = None,
+    block: Block = None,
+    tensor: Tensor = None,
+    stats: bool = True,
     sample: int | None = None,
     seed: int = 0,
-    base: str | None = None,
-    json: bool = False,
-    out: Path | None = None,
+    base: Base = None,
+    json: Json = False,
+    out: Out = None,
 ) -> int:
-    """`memory rows PATH`: norms per head, zero and non-finite rows. `sample`: rows per head; default all."""
+    """`memory rows PATH`: norms per head, zero and non-finite rows. `sample`: rows per head; default all. `no-stats`:
+    only the heads and their sizes.
+    """
     source = open_source(path, block, tensor, base)
-    return _say(row_statistics(source, sample=sample, seed=seed, progress=_progress()), json, out)
+    return _say(row_statistics(source, sample=sample if stats else 0, seed=seed, progress=_progress()), json, out)
 
 
 def run_neighbours(
-    path: str,
-    row: int,
+    path: SourcePath,
+    row: Row,
     *,
-    block: int | None = None,
-    tensor: str | None = None,
+    block: Block = None,
+    tensor: Tensor = None,
     top: int = 10,
-    base: str | None = None,
-    json: bool = False,
-    out: Path | None = None,
+    base: Base = None,
+    json: Json = False,
+    out: Out = None,
 ) -> int:
     """`memory neighbours PATH ROW`: the rows of the same head nearest by cosine."""
     return _say(neighbours(open_source(path, block, tensor, base), row, top=top, progress=_progress()), json, out)
 
 
 def run_read(
-    path: str,
-    row: int,
+    path: ModelPath,
+    row: Row,
     *,
-    block: int | None = None,
+    block: Block = None,
+    vocab: bool = True,
     top: int = 10,
-    texts: Path | None = None,
-    index: Path | None = None,
-    base: str | None = None,
-    json: bool = False,
-    out: Path | None = None,
+    texts: Annotated[Path | None, arg(help="corpus to build --index from")] = None,
+    index: Index = None,
+    base: Base = None,
+    json: Json = False,
+    out: Out = None,
 ) -> int:
-    """`memory read PATH ROW`: tokens a row promotes; with `index`, the corpus n-grams that read it."""
-    model = open_model(path, base=base)
-    return _say(read_slot(model, row, block=block, top=top, index=_index(model, index, texts, block)), json, out)
+    """`memory read PATH ROW`: tokens a row promotes; with `index`, the corpus n-grams that read it. `no-vocab`: the
+    latter alone.
+    """
+    model = _open(path, base=base)
+    counts = _index(model, index, texts, block)
+    return _say(read_slot(model, row, block=block, top=top, vocab=vocab, index=counts), json, out)
 
 
 def run_diff(
-    a: str,
-    b: str,
+    a: SourcePath,
+    b: SourcePath,
     *,
-    block: int | None = None,
-    tensor: str | None = None,
-    base: str | None = None,
-    json: bool = False,
-    out: Path | None = None,
+    block: Block = None,
+    tensor: Tensor = None,
+    base: Base = None,
+    json: Json = False,
+    out: Out = None,
 ) -> int:
     """`memory diff A B`: the rows that differ."""
     left, right = open_source(a, block, tensor, base), open_source(b, block, tensor, base)
@@ -157,7 +183,11 @@ def open_source(path: str, block: int | None, tensor: str | None, base: str | No
     """
     if tensor is not None or Path(path).suffix in _TABLE_SUFFIXES:
         return open_rows(Path(path), tensor)
-    return site_of(open_model(path, base=base), block)
+    return site_of(_open(path, base=base), block)
+
+
+def _open(path: str, *, base: str | None) -> AddressedModel:
+    return open_model(path, base=base)  # type: ignore[return-value] - every kind that is opened has a tokenizer
 
 
 def read_texts(path: Path) -> Iterator[str]:
@@ -220,7 +250,7 @@ def _say(result: _Result, json: bool, out: Path | None) -> int:
     return 0
 
 
-def _write(result, out: Path) -> None:  # noqa: ANN001
+def _write(result: _Result, out: Path) -> None:
     from engram_interp.models.checkpoint import write_atomically
 
     forms = {
@@ -231,7 +261,11 @@ def _write(result, out: Path) -> None:  # noqa: ANN001
     if out.suffix not in forms:
         raise ValueError(f"expected a file ending in {', '.join(forms)}, found {out.name!r}")
     content = forms[out.suffix]()
-    write_atomically(out, lambda part: part.write_text(content, encoding="utf-8") and None)
+
+    def write(part: Path) -> None:
+        part.write_text(content, encoding="utf-8")
+
+    write_atomically(out, write)
 
 
 def _finite(value: object) -> object:

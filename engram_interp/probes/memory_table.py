@@ -203,9 +203,11 @@ class SlotReading:
     provenance: Provenance
 
     def table(self) -> pd.DataFrame:
-        """One row per token, promoted first."""
+        """One row per token, promoted first; read without the unembedding, one row with address and norms."""
         import pandas as pd
 
+        if not self.promoted:
+            return pd.DataFrame([{**asdict(self.address), "norm": self.norm, "value_norm": self.value_norm}])
         rows = [asdict(token) | {"direction": "promoted"} for token in self.promoted]
         return pd.DataFrame(rows + [asdict(token) | {"direction": "suppressed"} for token in self.suppressed])
 
@@ -213,6 +215,8 @@ class SlotReading:
         """Bars: logit of the promoted and suppressed tokens, with what the head's mean row gives."""
         from engram_interp.figures.memory import promotion_figure
 
+        if not self.promoted:
+            raise ValueError("expected a row read through the unembedding to draw, found one read without it")
         a = self.address
         return promotion_figure(
             self.table(), title=f"{self.model}, block {a.layer}, order {a.order}, head {a.head}, slot {a.slot}"
@@ -230,46 +234,40 @@ def read_slot(
     *,
     block: int | None = None,
     top: int = 10,
+    vocab: bool = True,
     index: NgramCounts | None = None,
     seed: int = 0,
 ) -> SlotReading:
     """Which tokens a row promotes: its block of W_V times the row, through the unembedding (biases left out).
 
-    Args: row: of the flat table; index: n-grams of a corpus, to name those that read it; seed: draws the control rows.
+    Args: row: of the flat table; index: n-grams of a corpus, to name those that read it;
+    vocab: False leaves the unembedding out; seed: draws the control rows.
     Raises: ValueError for a row that no head owns, a model without memory, or one without an unembedding.
     """
     site = site_of(model, block)
     address = address_of_row(hash_of(site), site.block, row)
-    if not isinstance(model, Decoder):
-        raise ValueError(
-            f"model {model.identity.name!r} was opened without its unembedding; its values cannot be read as tokens"
-        )
-    section = next(s for s in sections_of(site) if s.start <= row < s.stop)
     vector = site.rows.read(np.array([row], dtype=np.int64))
     value = _values(site, address, vector)
-    logits = _centred_logits(model, value)[0]
-    control = _centred_logits(model, _values(site, address, _control_rows(site, section, seed)).mean(0, keepdim=True))[
-        0
-    ]
-    order = torch.argsort(logits, descending=True)
-    ngrams = readers_of_slot(index, hash_of(site), address.order, address.head, address.slot) if index else None
+    promoted, suppressed = _promotions(model, site, address, value, top, seed) if vocab else ((), ())
+    options = {"block": site.block, "row": row, "top": top, "seed": seed, "control_rows": _CONTROL_ROWS}
     return SlotReading(
         model=model.identity.name,
         address=address,
         norm=float(np.linalg.norm(vector)),
         value_norm=float(value.norm()),
-        promoted=_promotions(model, order[:top], logits, control),
-        suppressed=_promotions(model, order.flip(0)[:top], logits, control),
-        ngrams=tuple(
-            (SEPARATOR.join(ngram_parts(site, model, ngrams.ids[i])), int(ngrams.count[i]))
-            for i in range(min(top, len(ngrams)))
-        )
-        if ngrams is not None
-        else (),
-        provenance=_provenance(
-            model, [], {"block": site.block, "row": row, "seed": seed, "control_rows": _CONTROL_ROWS}
-        ),
+        promoted=promoted,
+        suppressed=suppressed,
+        ngrams=_readers(model, site, address, index, top) if index else (),
+        provenance=_provenance(model, [], options),
     )
+
+
+def _readers(
+    model: AddressedModel, site: EngramSite, address: SlotAddress, index: NgramCounts, top: int
+) -> tuple[tuple[str, int], ...]:
+    found = readers_of_slot(index, hash_of(site), address.order, address.head, address.slot)
+    shown = range(min(top, len(found)))
+    return tuple((SEPARATOR.join(ngram_parts(site, model, found.ids[i])), int(found.count[i])) for i in shown)
 
 
 def _values(site: EngramSite, address: SlotAddress, rows: Float32[np.ndarray, "n head"]) -> Float[Tensor, "n D"]:
@@ -290,13 +288,21 @@ def _centred_logits(model: Decoder, values: Float[Tensor, "n D"]) -> Float[Tenso
     return logits - logits.mean(-1, keepdim=True)
 
 
-def _promotions(model: AddressedModel, tokens: Tensor, logits: Tensor, control: Tensor) -> tuple[TokenPromotion, ...]:
-    ids = [int(token) for token in tokens]
-    shown = show_tokens(model.tokenizer, ids)
-    return tuple(
-        TokenPromotion(text, i, float(logits[i]), float(logits[i] - control[i]))
-        for text, i in zip(shown, ids, strict=True)
-    )
+def _promotions(
+    model: AddressedModel, site: EngramSite, address: SlotAddress, value: Float[Tensor, "1 D"], top: int, seed: int
+) -> tuple[tuple[TokenPromotion, ...], tuple[TokenPromotion, ...]]:
+    """The `top` promoted and the `top` suppressed tokens."""
+    if not isinstance(model, Decoder):
+        name = model.identity.name
+        raise ValueError(f"model {name!r} was opened without its unembedding; its values cannot be read as tokens")
+    section = next(s for s in sections_of(site) if s.start <= address.row < s.stop)
+    mean_value = _values(site, address, _control_rows(site, section, seed)).mean(0, keepdim=True)
+    logits, control = _centred_logits(model, torch.cat([value, mean_value]))
+    ids = torch.argsort(logits, descending=True).tolist()
+    chosen = ids[:top] + ids[::-1][:top]
+    shown = dict(zip(chosen, show_tokens(model.tokenizer, chosen), strict=True))
+    of = lambda i: TokenPromotion(shown[i], i, float(logits[i]), float(logits[i] - control[i]))  # noqa: E731
+    return tuple(map(of, ids[:top])), tuple(map(of, ids[::-1][:top]))
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ def cka_heatmap(
         token. The start
             token is never a row.
         control: another seed of the baseline; without it the null is the baseline itself and no depth is claimed.
-        permutations: size of the max-|CKA| null over shuffled documents (200 is enough for a 95 % line).
+        permutations: size of the max-|CKA| null over shuffled documents (100 is enough for a 95 % line).
         max_rows: above it every text keeps an equal random share of its rows.
 
     Raises:

@@ -93,8 +93,8 @@ class TokenEffects:
 
     def figure(self) -> go.Figure:
         """Change of the next token's log-probability along the text."""
-        from engram_interp.figures.signed_map import signed_map
         from engram_interp.figures.gatemap import show
+        from engram_interp.figures.signed_map import signed_map
 
         labels = [f"{t} {show(token)}" for t, token in enumerate(self.tokens, start=self.first)]
         title = f"What does the memory change? {self.model}, {self.condition}"

@@ -169,3 +169,18 @@ def difference(a: TokenReadings, b: TokenReadings) -> TokenReadings | None:
         b.quantity, b.layer, tuple(b.tokens[k] for k in j), b.token_ids[j], b.shown[j] - a.shown[i],
         np.abs(b.bars[j] - a.bars[i]), grid, b.labels, b.blocks, -limit, limit,
     )  # fmt: skip
+
+
+def effect_grid(effects: Sequence[TokenEffects]) -> TokenReadings:
+    """Several ablations of one text under one another, the first one shown; bars are the size of the change, relative.
+
+    Raises: ValueError for effects of different tokens.
+    """
+    if any(e.tokens != effects[0].tokens for e in effects):
+        raise ValueError("expected effects of one text")
+    grid = np.stack([e.change for e in effects]).astype(np.float64)
+    low, high = _range("effect", grid)
+    bars = np.nan_to_num(np.abs(grid.T)) / high
+    ids = np.arange(len(effects[0].tokens), dtype=np.int64)
+    labels = tuple(e.condition for e in effects)
+    return TokenReadings("effect", -1, effects[0].tokens, ids, grid[0], bars, grid, labels, (-1,) * len(effects), low, high)
