@@ -320,7 +320,7 @@ def ablate(
         out: Write the figure (.html), the table (.csv) or everything (.json) here.
         json: Print everything as JSON.
     """
-    from engram_interp.studies.command import run_ablate
+    from engram_interp.studies.commands import run_ablate
 
     return run_ablate(model, config, data=data, as_json=json, out=out)
 
@@ -370,6 +370,30 @@ def evaluate(
             _print(f"held-out bits per byte: {result.bits_per_byte}")
     if against:
         _print(f"{results[0].model} minus {results[1].model}", compare_evaluations(*results).to_string(index=False))
+    return 0
+
+
+@app.command
+def findings(*, pair: str = "mini", out: Path = Path("runs/findings"), items: int = 400, seed: int = 0, json: bool = False) -> int:
+    """Ask the paper's questions of a pair: paper, here, null, rule and verdict, kept as a run folder.
+
+    Args:
+        pair: A bundled pair.
+        out: The run folder to write.
+        items: Items per ablation task at the most.
+        seed: Seed of everything drawn.
+        json: Print the table as JSON.
+    """
+    from engram_interp.models.registry import load_pair
+    from engram_interp.studies.findings import run_findings
+
+    found = run_findings(load_pair(pair), out, items=items, seed=seed)
+    if json:
+        _json([vars(row) for row in found.rows])
+        return 0
+    for row in found.rows:
+        _print(f"{row.verdict.upper()}: {row.claim}", *(f"  {k:6}{getattr(row, k)}" for k in ("paper", "here", "null", "rule")))
+    _print(f"run folder: {out}")
     return 0
 
 

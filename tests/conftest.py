@@ -124,7 +124,9 @@ def _shared_models_stay_as_they_were(request: pytest.FixtureRequest) -> Iterator
         assert not model.training, f"this test left {name} in training mode"
 
 
-def random_model(tokenizer: Tokenizer, name: str, *, routed_experts: int, memory: bool) -> HouseModel:
+def random_model(
+    tokenizer: Tokenizer, name: str, *, routed_experts: int, memory: bool, seed: int = 20
+) -> HouseModel:
     """A small model in which every parameter is random, so that nothing under test is zero or one by accident."""
     import torch
 
@@ -152,7 +154,7 @@ def random_model(tokenizer: Tokenizer, name: str, *, routed_experts: int, memory
         engram=engram if memory else None,
     )
     model = HouseModel(config, vocabulary, tokenizer)
-    generator = torch.Generator().manual_seed(20)
+    generator = torch.Generator().manual_seed(seed)
     initialise(model, generator, table_std=1.0)
     with torch.no_grad():
         for key, parameter in model.named_parameters():

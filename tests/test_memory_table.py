@@ -18,7 +18,8 @@ from engram_interp.memory.address import (
     windows,
 )
 from engram_interp.memory.ngram_counts import count_ngrams, readers_of_slot
-from engram_interp.memory.row_reader import InMemoryRows, RowIndexError, TableError
+from engram_interp.memory.in_memory_rows import InMemoryRows
+from engram_interp.memory.row_reader import RowIndexError, TableError
 from engram_interp.models.house import HouseModel
 from engram_interp.probes.collisions import slot_collisions
 from engram_interp.probes.memory_rows import access_report, diff_tables, row_statistics

@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from engram_interp.memory.row_reader import ConcatenatedRows, InMemoryRows, RowIndexError, TableError, chunks
+from engram_interp.memory.in_memory_rows import InMemoryRows
+from engram_interp.memory.row_reader import ConcatenatedRows, RowIndexError, TableError, chunks
 from engram_interp.memory.safetensors_header import TensorFiles, read_header
 from engram_interp.memory.safetensors_rows import open_safetensors_rows
 

@@ -11,9 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-import torch
-from jaxtyping import Float, Float32, Int64
-from torch import Tensor
+from jaxtyping import Float32, Int64
 
 CHUNK_BYTES = 32 * 2**20  # float32 bytes a streaming pass holds at once
 
@@ -50,21 +48,6 @@ def check_indices(indices: Int64[np.ndarray, " n"], rows: int, name: str) -> Non
     if len(indices) and (int(indices.min()) < 0 or int(indices.max()) >= rows):
         bad = int(indices[(indices < 0) | (indices >= rows)][0])
         raise RowIndexError(f"{name}: expected row numbers in [0, {rows}), found {bad}")
-
-
-class InMemoryRows:
-    """The rows of a loaded weight. The tensor is not copied: later changes to it are read."""
-
-    def __init__(self, weight: Float[Tensor, "rows width"], name: str = "table") -> None:
-        self._weight = weight.detach()
-        self.rows, self.width = weight.shape
-        self.name = name
-
-    def read(self, indices: Int64[np.ndarray, " n"]) -> Float32[np.ndarray, "n width"]:
-        """See `RowReader.read`."""
-        check_indices(indices, self.rows, self.name)
-        chosen = torch.from_numpy(np.ascontiguousarray(indices)).to(self._weight.device)
-        return self._weight.index_select(0, chosen).float().cpu().numpy()
 
 
 class ConcatenatedRows:

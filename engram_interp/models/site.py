@@ -17,7 +17,8 @@ from itertools import accumulate
 from engram_interp.memory import CompressedVocabulary, Engram, assign_primes, pcg64_multipliers
 from engram_interp.memory.engram import GateForm
 from engram_interp.memory.hashing import BoundaryRule, WindowRule
-from engram_interp.memory.row_reader import InMemoryRows, RowReader
+from engram_interp.memory.in_memory_rows import InMemoryRows
+from engram_interp.memory.row_reader import RowReader
 from engram_interp.models.house import HouseModel
 from engram_interp.shapes import Float, Tensor
 

@@ -5,28 +5,35 @@ from __future__ import annotations
 from importlib import import_module
 
 _LAZY = {
-    "Condition": "ablation",
-    "GateMap": "gates",
-    "GateStatistics": "gate_statistics",
-    "ablation_effects": "ablation",
-    "cka_heatmap": "similarity",
-    "compare_lens": "lens",
-    "default_conditions": "ablation",
-    "edit_slots": "editing",
-    "edit_specificity": "specificity",
-    "gate_credit": "credit",
-    "linear_cka": "similarity",
-    "load_tasks": "tasks",
-    "logit_lens_kl": "lens",
-    "memory_attribution": "attribution",
-    "patch_memory": "patching",
-    "path_patch_gate": "patching",
-    "read_gates": "gates",
-    "record_gates": "gate_statistics",
-    "slot_collisions": "collisions",
-    "slot_effects": "slot_ablation",
-    "soft_alignment": "similarity",
-    "train_tuned_lens": "tuned_lens",
+    "AblationEffects": "probes.ablation",
+    "CKAHeatmap": "probes.similarity",
+    "Condition": "probes.ablation",
+    "GateMap": "probes.gates",
+    "GateStatistics": "probes.gate_statistics",
+    "LensComparison": "probes.lens_comparison",
+    "LensResult": "probes.lens",
+    "NgramCounts": "probes.strata",
+    "TunedLens": "probes.tuned_lens",
+    "TunedLensConfig": "probes.tuned_lens",
+    "ablation_effects": "probes.ablation",
+    "cka_heatmap": "probes.similarity",
+    "compare_lens": "probes.lens_comparison",
+    "compare_seeds": "probes.lens_comparison",
+    "direct_logit_attribution": "probes.attribution",
+    "edit_slots": "probes.editing",
+    "linear_cka": "measure.cka",
+    "load_tuned_lens": "probes.tuned_lens",
+    "logit_lens_kl": "probes.lens",
+    "lookup": "probes.memory_table",
+    "memory_attribution": "probes.attribution",
+    "neighbours": "probes.memory_table",
+    "patch_memory": "probes.patching",
+    "read_gates": "probes.gates",
+    "read_slot": "probes.memory_table",
+    "record_gates": "probes.gate_statistics",
+    "slot_collisions": "probes.collisions",
+    "soft_alignment": "measure.alignment",
+    "train_tuned_lens": "probes.tuned_lens",
 }
 __all__ = sorted(_LAZY)
 
@@ -34,7 +41,7 @@ __all__ = sorted(_LAZY)
 def __getattr__(name: str) -> object:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    return getattr(import_module(f"engram_interp.{_LAZY[name]}"), name)
 
 
 def __dir__() -> list[str]:

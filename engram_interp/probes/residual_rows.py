@@ -128,9 +128,9 @@ def _reduced(model: Decoder, hidden: Tensor) -> Tensor:
     return hidden.squeeze(2) if hidden.shape[2] == 1 else model.reduce_streams(hidden)
 
 
-def has_start_token(model: Decoder, text: str) -> bool:
+def has_start_token(model: Decoder) -> bool:
     """Whether the model puts a token of its own before a text."""
-    return model.to_tokens(text).shape[1] > len(model.tokenizer.encode(text, add_special_tokens=False).ids)
+    return len(start_tokens(model)) > 0
 
 
 def require_same_tokenizer(models: Sequence[Decoder]) -> None:

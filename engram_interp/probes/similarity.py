@@ -188,8 +188,7 @@ def cka_heatmap(
     require_same_tokenizer(list(models.values()))
     _require_k(models, k)
     rng = np.random.default_rng(seed)
-    sample = next((t if isinstance(t, str) else t[0] if isinstance(t, tuple) else t.text for t in texts), "")
-    skip_first = bool(sample) and not all(has_start_token(m, sample) for m in models.values())
+    skip_first = not all(has_start_token(model) for model in models.values())
     plan = plan_rows(engram.tokenizer, texts, positions, max_rows=max_rows, rng=rng, skip_first=skip_first)
     rows = {role: read_rows(model, plan) for role, model in models.items()}
     names = {role: model.identity.name for role, model in models.items()}

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from engram_interp.memory import CompressedVocabulary, Engram, EngramOptions, NgramHash
-from engram_interp.memory.row_reader import InMemoryRows
+from engram_interp.memory.in_memory_rows import InMemoryRows
 from engram_interp.models.adapters.assemble import assemble_engram
 from engram_interp.models.adapters.hosted import HostedModel, HostLayout, load_host
 from engram_interp.models.adapters.qwen4_exp_memory import VARIANT, regenerate, require_equal

@@ -1,0 +1,66 @@
+"""The findings table on random models: everything is asked, nothing is found, all of it is kept."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from engram_interp.gallery import load_gallery
+from engram_interp.measure.statistics import Estimate
+from engram_interp.models.registry import Pair
+from engram_interp.probes.gate_statistics import GateStatistics, GateSummary
+from engram_interp.runs import Provenance
+from engram_interp.runs.folder import open_run
+from engram_interp.studies import findings
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_engram, tiny_moe, tokenizer):
+    from tests.conftest import random_model
+
+    control = random_model(tokenizer, "tiny-control", routed_experts=12, memory=False, seed=21)
+    return Pair(tiny_engram, tiny_moe, control)
+
+
+@pytest.fixture(scope="module")
+def found(pair, tmp_path_factory):
+    sentences = load_gallery()
+    chosen = [*sentences[:30], *(s for s in sentences if s.category == "control")][:40]
+    out = tmp_path_factory.mktemp("runs") / "findings"
+    patched = pytest.MonkeyPatch()
+    patched.setattr(findings, "load_gallery", lambda: chosen)
+    result = findings.run_findings(pair, out, items=20)
+    patched.undo()
+    return result, out
+
+
+def test_random_models_support_no_claim(found):
+    verdicts = {row.claim: row.verdict for row in found[0].rows}
+    assert len(verdicts) == 5
+    assert "supported" not in verdicts.values(), verdicts
+
+
+def test_the_run_folder_holds_the_table_and_what_it_was_read_from(found):
+    result, out = found
+    run = open_run(out)
+    assert run.manifest.status == "done"
+    assert set(run.manifest.models) == {"tiny-engram", "tiny-moe", "tiny-control"}
+    assert run.table("findings")["verdict"].tolist() == [row.verdict for row in result.rows]
+    assert len(run.table("cka")) == 25
+    assert json.loads((out / "findings.json").read_text())[0]["rule"]
+    assert (out / "lens.html").stat().st_size > 1000
+
+
+def _gates(estimate):
+    summary = GateSummary(1, 0, estimate, {}, 0.0, {}, {"entity-final": estimate}, {}, estimate)
+    return GateStatistics((summary, summary), (), (), 0, 50, Provenance({}, "", 50, {}))
+
+
+def test_the_gate_rule_is_corrected_for_the_number_of_gates():
+    clear = Estimate(0.2, 0.15, 0.25, 0.025, 50)
+    assert findings._gate_finding(_gates(clear)).verdict == "supported"
+    opposite = replace(clear, value=-0.2, low=-0.25, high=-0.15)
+    assert findings._gate_finding(_gates(opposite)).verdict == "opposite"
+    barely = Estimate(0.053, 0.003, 0.103, 0.025, 50)
+    assert barely.excludes(0)
+    assert findings._gate_finding(_gates(barely)).verdict == "not supported", "one of two tests at 95 % is not 95 %"
