@@ -97,7 +97,7 @@ def as_json(value: dict) -> str:
 def figure(plot: go.Figure, key: str, alt: str = "") -> None:
     """A Plotly figure that fits its column; the camera on it saves a PNG made by the browser."""
     options = {"displaylogo": False, "toImageButtonOptions": {"format": "png", "scale": 2, "filename": key}}
-    plot.update_layout(template=None)
+    plot.update_layout(template=None, margin_t=44)
     st.plotly_chart(plot, key=f"figure_{key}", config=options, alt=alt or None)
 
 
@@ -115,7 +115,7 @@ def lens_choices(models: list, results: list, at: int) -> pd.DataFrame:
 
     columns: dict[str, object] = {"layer": list(range(results[0].sites))}
     for model, result in zip(models, results, strict=True):
-        columns[f"{result.model}: first choice"] = [show(t) for t in show_tokens(model.tokenizer, result.top1[:, at])]
+        columns[f"{result.model}: first choice"] = [show(t) for t in show_tokens(model.tokenizer, result.top1[:, at].tolist())]
         columns[f"{result.model}: KL, nats"] = result.kl[:, at]
         columns[f"{result.model}: entropy, nats"] = result.entropy[:, at]
     return pd.DataFrame(columns)

@@ -168,10 +168,10 @@ def cka(
     *,
     texts: Path | None = None,
     control: str | None = None,
-    positions: Literal["entity_final", "one_per_document", "all"] = "entity_final",
+    positions: Literal["entity_final", "one_per_document", "all"] | None = None,
     from_heatmap: Path | None = None,
     soft_alignment: int = 5,
-    permutations: int = 0,
+    permutations: int = 100,
     seed: int = 0,
     out: Path | None = None,
     json: bool = False,
@@ -183,7 +183,7 @@ def cka(
         baseline: The model whose layers are the ruler.
         texts: One text per line, or .jsonl; the bundled gallery if absent. Entities need the gallery's marks.
         control: The baseline from another seed, which gives the null.
-        positions: Which tokens are rows.
+        positions: Which tokens are rows; by default entity_final on the gallery, one_per_document on a file.
         from_heatmap: Compute the soft alignment of a heat map in this JSON file instead.
         soft_alignment: k of the soft alignment index.
         permutations: Shuffles of the documents for the largest CKA of unrelated models.
@@ -191,31 +191,24 @@ def cka(
         out: Write the figure (.html) or the table (.csv) here.
         json: Print the result as JSON.
     """
-    if from_heatmap is not None:
-        from engram_interp.probes.heatmap_file import from_heatmap_file
+    from engram_interp.probes.cka_command import run_cka, run_from_heatmap
 
-        return _show_alignment(from_heatmap_file(from_heatmap, k=soft_alignment), json)
+    if from_heatmap is not None:
+        return run_from_heatmap(from_heatmap, soft_alignment, as_json=json, out=out)
     if engram is None or baseline is None:
         raise ValueError("expected two models, or --from-heatmap")
-    from engram_interp.models.adapters.opening import open_model
-    from engram_interp.probes.similarity import cka_heatmap
-
-    result = cka_heatmap(
-        open_model(engram),
-        open_model(baseline),
-        _texts(texts),
-        positions,
-        control=open_model(control) if control else None,
+    return run_cka(
+        engram,
+        baseline,
+        texts=texts,
+        control=control,
+        positions=positions,
         k=soft_alignment,
         permutations=permutations,
         seed=seed,
+        as_json=json,
+        out=out,
     )
-    _write(result, out)
-    if json:
-        _json(result.as_dict())
-    elif out is None:
-        _print(result.depths().to_string(index=False), *(c.sentence for c in result.claims), *result.warnings)
-    return 0
 
 
 def _texts(path: Path | None) -> list:
@@ -395,6 +388,47 @@ def findings(*, pair: str = "mini", out: Path = Path("runs/findings"), items: in
         _print(f"{row.verdict.upper()}: {row.claim}", *(f"  {k:6}{getattr(row, k)}" for k in ("paper", "here", "null", "rule")))
     _print(f"run folder: {out}")
     return 0
+
+
+@app.command
+def bench(model: Positional[Model] = "mini-engram", *, batch: int = 8, rounds: int = 7, json: bool = False) -> int:
+    """Time captures and the lens beside a plain forward, interleaved, on one thread and on all.
+
+    Args:
+        model: A bundled name or a checkpoint directory.
+        batch: Texts of full context per forward.
+        rounds: Interleaved repetitions.
+        json: Print the ratios as JSON.
+    """
+    from engram_interp.models.registry import load
+    from engram_interp.studies.bench import bench as time_candidates
+
+    opened, tables = load(model), []
+    for threads in sorted({1, len(os.sched_getaffinity(0))}):
+        result = time_candidates(opened, batch=batch, rounds=rounds, threads=threads)
+        tables.append({"threads": threads, "matrix_gflops": result.matrix_gflops, "rows": result.table().to_dict("records")})
+        if not json:
+            _print(f"{threads} thread(s), {result.matrix_gflops:.0f} GFLOP/s bare fp32 products", result.table().to_string(index=False))
+    if json:
+        _json(tables)
+    return 0
+
+
+@app.command(name="app")
+def dashboard(
+    *, model: tuple[Path, ...] = (), runs: Path | None = None, port: int | None = None, headless: bool = False
+) -> int:
+    """Open the dashboard on the bundled models, and on the directories named here.
+
+    Args:
+        model: Model directories the page may open besides.
+        runs: A folder of run folders to show.
+        port: Port to serve on.
+        headless: Do not open a browser.
+    """
+    from engram_interp.app_launcher import run_app
+
+    return run_app([str(path) for path in model], port, headless, str(runs) if runs else None)
 
 
 @app.command

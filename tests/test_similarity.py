@@ -312,16 +312,18 @@ def test_command_from_heatmap(tmp_path, capsys, suffix):
 
 
 def test_command_compares_two_models(monkeypatch, tiny_engram, tiny_moe, texts, tmp_path, capsys):
-    from engram_interp.models import registry
+    from engram_interp.models.adapters import opening
     from engram_interp.probes.cka_command import run_cka
 
-    monkeypatch.setattr(registry, "load", lambda name: {"a": tiny_engram, "b": tiny_moe}[name])
+    monkeypatch.setattr(opening, "open_model", lambda name: {"a": tiny_engram, "b": tiny_moe}[name])
     path = tmp_path / "texts.txt"
     path.write_text("\n".join(texts), encoding="utf-8")
     assert run_cka("a", "b", texts=path, positions="all", permutations=0, as_json=True) == 0
     assert json.loads(capsys.readouterr().out)["models"] == {"engram": "tiny-engram", "baseline": "tiny-moe"}
+    assert run_cka("a", "b", texts=path, permutations=0, as_json=True) == 0
+    assert json.loads(capsys.readouterr().out)["positions"] == "one_per_document"
     with pytest.raises(ValueError, match="marks no entities"):
-        run_cka("a", "b", texts=path)
+        run_cka("a", "b", texts=path, positions="entity_final")
     path.write_text("\n\n")
     with pytest.raises(ValueError, match="found an empty file"):
         run_cka("a", "b", texts=path, positions="all")

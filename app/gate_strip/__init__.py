@@ -28,13 +28,14 @@ def gate_strip(
     caption: str,
     selected: int,
     layer: int,
+    bars_show: str = "the gates of the branches",
 ) -> None:
     """Show a strip; a click or a key puts `{"token": position, "layer": block or -1}` into `st.session_state[key].selected`.
 
     Args: title: before the legend; alt: one sentence that states the finding; caption: printed below a saved picture; selected,
-        layer: what is marked.
+        layer: what is marked; bars_show: what the bars below the tokens are.
     """
     shown = {
-        **data, "title": title, "alt": alt, "caption": caption, "selected": selected, "layer": layer, "file": "gates",
+        **data, "title": title, "alt": alt, "caption": caption, "selected": selected, "layer": layer, "bars_show": bars_show, "file": key,
     }  # fmt: skip
     _ELEMENT(key=key, data=shown, on_selected_change=lambda: None)

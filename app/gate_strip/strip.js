@@ -69,7 +69,7 @@ function build(strip) {
     strip.canvas.title = cell
       ? `token ${strip.data.first + cell.t} ${strip.data.tokens[cell.t]}\n${strip.data.labels[cell.row]}: ${shown}` : "";
   };
-  element(strip.root, "div", "hint", "Click a token or a cell, or use the arrow keys, Home and End. Bars: gates of the branches.");
+  strip.hint = element(strip.root, "div", "hint");
   strip.observer = new ResizeObserver(() => strip.data && paintGrid(strip));
   strip.observer.observe(strip.scroll);
 }
@@ -97,6 +97,7 @@ function buildTokens(strip) {
 function paintTokens(strip) {
   const { data } = strip;
   strip.tokens.setAttribute("aria-label", data.alt);
+  strip.hint.textContent = `Click a token or a cell, or use the arrow keys, Home and End. Bars: ${data.bars_show}.`;
   strip.boxes.forEach((box, t) => {
     const colour = colourOf(strip, data.shown[t]);
     const label = box.firstChild;

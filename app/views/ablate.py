@@ -50,13 +50,13 @@ def show() -> None:
 
 def controls(model: MemoryModel) -> tuple[str, tuple[int, ...] | None]:
     """What is removed, and where."""
-    with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
+    with st.container(horizontal=True, gap="medium"):
         st.selectbox("Remove by", OFFERED, key="kind", bind="query-params", width=240)
         places = ["all", *map(str, model.engram_layers)]
         state.forget_unless("where", places)
         st.segmented_control("In block", places, default="all", required=True, key="where", bind="query-params")
     kind, where = KINDS[st.session_state["kind"]], st.session_state["where"]
-    st.caption(f"{kind.name} answers: {kind.question}. The rest of the model then meets values that are {kind.distribution} its training distribution.")
+    st.caption(f"What {kind.name} shows: {kind.question}. What the rest of the model then meets, beside its training: {kind.distribution}.")
     return kind.name, None if where == "all" else (int(where),)
 
 
@@ -74,7 +74,7 @@ def show_text(name: str, model: MemoryModel, text: str, kind: str, blocks: tuple
     )  # fmt: skip
     gate_strip(
         data, key="ablated", title=kind, alt=describe(data), caption=page_parts.provenance_text(chosen.provenance),
-        selected=grid.peak, layer=-1,
+        selected=grid.peak, layer=-1, bars_show="size of the change, the chosen ablation beside the random control",
     )  # fmt: skip
     page_parts.provenance_line(chosen.provenance, f"{len(chosen.tokens)} tokens")
     worst, written = st.columns([3, 2])

@@ -63,18 +63,17 @@ def show_text(arms: list[str], text: str, quantity: str) -> None:
     models = [loaders.model(name) for name in arms]
     results = [read(m, m.identity.weights_sha256, (text,)) for m in models]
     largest = max(float(r.values(quantity).max()) for r in results)
-    for model, result, column in zip(models, results, st.columns(len(arms)), strict=True):
-        tokens = show_tokens(model.tokenizer, result.token_ids)
-        choices = [show_tokens(model.tokenizer, row) for row in result.top1]
+    for model, result in zip(models, results, strict=True):
+        tokens = show_tokens(model.tokenizer, result.token_ids.tolist())
+        choices = [show_tokens(model.tokenizer, row) for row in result.top1.tolist()]
         plot = lens_map(
             result.values(quantity), tokens, choices, title=result.model, unit=QUANTITIES[quantity], largest=largest,
             memories=getattr(model, "engram_layers", ()),
         )  # fmt: skip
-        with column:
-            page_parts.figure(plot, f"lens_{result.model}", alt=f"{QUANTITIES[quantity]} of {result.model} by layer and token")
-            page_parts.provenance_line(result.provenance, f"{result.tokens} tokens")
+        page_parts.figure(plot, f"lens_{result.model}", alt=f"{QUANTITIES[quantity]} of {result.model} by layer and token")
+        page_parts.provenance_line(result.provenance, f"{result.tokens} tokens")
     st.caption(CAPTION)
-    tokens = show_tokens(models[0].tokenizer, results[0].token_ids)
+    tokens = show_tokens(models[0].tokenizer, results[0].token_ids.tolist())
     labels = [f"{t} {token}" for t, token in enumerate(tokens)]
     at = labels.index(st.selectbox("First choice of every layer after", labels, index=len(labels) - 1, key="lens_token"))
     page_parts.table(page_parts.lens_choices(models, results, at), "lens_choices")

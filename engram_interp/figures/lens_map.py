@@ -35,7 +35,7 @@ def lens_map(
 
     if values.shape != (len(choices), len(tokens)) or any(len(row) != len(tokens) for row in choices):
         raise ValueError(f"expected {len(choices)} x {len(tokens)} values and choices, found {values.shape}")
-    labels = [f"{site} (embedding)" if site == 0 else str(site) for site in range(len(values))]
+    labels = ["emb." if site == 0 else str(site) for site in range(len(values))]
     figure = go.Figure(
         go.Heatmap(
             z=values, x=list(range(len(tokens))), y=list(range(len(values))), zmin=0.0,
@@ -45,7 +45,8 @@ def lens_map(
             colorbar={"title": {"text": unit, "side": "right"}, "thickness": 14},
         )
     )  # fmt: skip
-    apply_style(figure, title=title, height=160 + 22 * len(values))
+    apply_style(figure, title=title, height=150 + 17 * len(values))
+    figure.update_layout(margin={"l": 50, "r": 10, "t": 36, "b": 70})
     for block in memories:
         figure.add_hline(y=block + 0.5, line={"color": "#d55e00", "width": 2, "dash": "dash"})
     step = 1 + len(tokens) // 40

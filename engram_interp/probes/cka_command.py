@@ -18,30 +18,30 @@ def run_cka(
     *,
     texts: Path | None = None,
     control: str | None = None,
-    positions: Positions = "entity_final",
+    positions: Positions | None = None,
     k: int = PAPER_K,
     permutations: int = 100,
     seed: int = 0,
     as_json: bool = False,
     out: Path | None = None,
 ) -> int:
-    """Compare two models; texts are one per line, or the bundled gallery, whose entities are marked.
+    """Compare two models on the texts of a file (one per line, or .jsonl), or on the bundled gallery, whose entities are marked.
 
-    Args: out: write the result here too (`.json`, `.html` for the figure, `.csv` for the cells).
+    Args: positions: by default `entity_final` on the gallery and `one_per_document` on a file; out: write the result here too (`.json`, `.html` for the figure, `.csv` for the cells).
     Raises: ValueError for an empty text file, `entity_final` on plain texts, or whatever `cka_heatmap` refuses.
     """
     from engram_interp.gallery import load_gallery
-    from engram_interp.models.registry import load
+    from engram_interp.models.adapters.opening import open_model
     from engram_interp.probes.similarity import cka_heatmap
 
     _require_suffix(out)
     lines = load_gallery() if texts is None else _lines(texts)
     if texts is not None and positions == "entity_final":
         raise ValueError("a plain text file marks no entities: use positions one_per_document or all, or the gallery")
-    models = (load(engram), load(baseline))
-    result = cka_heatmap(
-        *models, lines, positions, control=load(control) if control else None, k=k, permutations=permutations, seed=seed
-    )
+    positions = positions or ("entity_final" if texts is None else "one_per_document")
+    models = (open_model(engram), open_model(baseline))
+    other = open_model(control) if control else None
+    result = cka_heatmap(*models, lines, positions, control=other, k=k, permutations=permutations, seed=seed)
     summary = [f"CKA of {result.matrix.n} rows, {result.matrix.documents} documents, {positions}"]
     summary += [result.depths().to_string(index=False, float_format="%.2f")]
     summary += [claim.sentence for claim in result.claims] + [f"warning: {w}" for w in result.warnings]
@@ -62,9 +62,11 @@ def run_from_heatmap(path: Path, k: int = PAPER_K, *, as_json: bool = False, out
 
 
 def _lines(path: Path) -> list[str]:
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    from engram_interp.gallery.files import read_texts
+
+    lines = list(read_texts(path))
     if not lines:
-        raise ValueError(f"expected one text per line in {path.name}, found an empty file")
+        raise ValueError(f"expected at least one text in {path.name}, found an empty file")
     return lines
 
 

@@ -150,9 +150,9 @@ def token_effects(
         wanted = slice(max(begin - first, 0), stop - first)
         own = targets[first : first + len(without)][wanted]
         parts += _compare(model, with_memory[wanted], without[wanted], own, top)
-    names = show_tokens(model.tokenizer, ids[begin : stop + 1])
+    names = show_tokens(model.tokenizer, ids[begin : stop + 1].tolist())
     logprob, rank, kl, top_ids, top_logprob = (np.concatenate([p[i] for p in parts], axis=-1 if i < 3 else 1) for i in range(5))
-    shown = tuple(tuple(tuple(show_tokens(model.tokenizer, row)) for row in arm) for arm in top_ids)
+    shown = tuple(tuple(tuple(show_tokens(model.tokenizer, row)) for row in arm.tolist()) for arm in top_ids)
     return TokenEffects(
         model=model.identity.name,
         condition=_label(kind, blocks, branches, options),

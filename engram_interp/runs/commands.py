@@ -6,11 +6,16 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
 
 from engram_interp.runs.folder import list_runs, open_run
 
+Json = Annotated[bool, arg(name="json", help="print JSON")]
 
-def run_list(root: Path, *, as_json: bool = False) -> int:
+
+def run_list(root: Positional[Path], *, as_json: Json = False) -> int:
     """Print every run under `root`, broken ones with their reason.
 
     Raises: RunError when `root` is not a folder.
@@ -29,7 +34,7 @@ def run_list(root: Path, *, as_json: bool = False) -> int:
     return 0
 
 
-def run_show(path: Path, *, as_json: bool = False) -> int:
+def run_show(path: Positional[Path], *, as_json: Json = False) -> int:
     """Print the manifest of one run.
 
     Raises: RunError with the reason when the folder is broken.
@@ -43,7 +48,7 @@ def run_show(path: Path, *, as_json: bool = False) -> int:
     return 0
 
 
-def run_table(path: Path, name: str, *, as_json: bool = False, out: Path | None = None) -> int:
+def run_table(path: Positional[Path], name: Positional[str], *, as_json: Json = False, out: Path | None = None) -> int:
     """Print a table of a run, or write it to a CSV, JSON or parquet file by its ending.
 
     Raises: RunError for a broken run or an unknown table; ValueError for another ending.
