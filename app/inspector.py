@@ -53,8 +53,10 @@ def _with_and_without(view: View, token: int, window: tuple[int, int]) -> None:
         },
     )
     st.caption(
-        "Most probable next tokens, with the memory and with its write set to zero in every block. Setting every gate to 0 is "
-        "the same thing: the gate multiplies the whole value, and the convolution has no bias. Later layers may repair a loss."
+        "Most probable next tokens, with the memory and with its write set to zero in every block. Setting every "
+        "gate to 0 is "
+        "the same thing: the gate multiplies the whole value, and the convolution has no bias. Later layers may "
+        "repair a loss."
     )
 
 
@@ -68,9 +70,9 @@ def _memory(view: View, token: int) -> TokenMemory:
 def _memory_read(view: View, gates: GateMap, memory: TokenMemory) -> None:
     names = [f"{s} {visible(gates.tokens[s])}" for s in memory.sources]
     st.caption(
-        f"Block {view.layer}: write |Y| = {memory.write_norm:.3f} onto a stream of |h| = {memory.hidden_norm:.3f}; gated value "
-        f"|u| = {memory.gated_norm:.3f}, convolution |c| = {memory.conv_norm:.3f}, which reads tokens {', '.join(names)} and is "
-        "not scaled by the gate."
+        f"Block {view.layer}: write |Y| = {memory.write_norm:.3f} onto a stream of |h| = {memory.hidden_norm:.3f}; "
+        f"gated value |u| = {memory.gated_norm:.3f}, convolution |c| = {memory.conv_norm:.3f}, which reads tokens "
+        f"{', '.join(names)} and is not scaled by the gate."
     )
     frame = memory.table()
     frame["n-gram"] = [visible(text) for text in frame["n-gram"]]
@@ -79,8 +81,10 @@ def _memory_read(view: View, gates: GateMap, memory: TokenMemory) -> None:
 
 def _collisions(memory: TokenMemory) -> None:
     st.caption(
-        f"{memory.shared} of {len(memory.rows)} rows are also read by other n-grams of the reference corpus: the bundled gallery "
-        f"and this text, {memory.corpus_tokens} tokens. A larger corpus would show more; the Memory page counts one of yours."
+        f"{memory.shared} of {len(memory.rows)} rows are also read by other n-grams of the reference corpus: the "
+        "bundled gallery "
+        f"and this text, {memory.corpus_tokens} tokens. A larger corpus would show more; the Memory page counts one "
+        "of yours."
     )
     frame = memory.sharing()
     if len(frame):

@@ -1,8 +1,8 @@
 """Long work: a thread that any tab can watch, cancel and come back to.
 
-A job is found again by what it computes (`?job=` in the address): a reload, another tab and a second click all meet the same one.
-Work reports through `Job.tick`, which the model calls before every forward (`WatchedModel`), so that it can be stopped there and
-other sessions use the model in between.
+A job is found again by what it computes (`?job=` in the address): a reload, another tab and a second click all meet the
+same one. Work reports through `Job.tick`, which the model calls before every forward (`WatchedModel`), so that it can
+be stopped there and other sessions use the model in between.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _KEPT = 24
 _POLL_SECONDS = 0.5
 
 
-class JobCancelled(Exception):
+class JobCancelled(Exception):  # noqa: N818 - an order, not an error
     """The user stopped the job."""
 
 
@@ -101,7 +101,11 @@ def _run(job: Job, work: Callable[[Job], object]) -> None:
     except JobCancelled:
         job.status = "cancelled"
     except Exception as error:  # noqa: BLE001 - shown to the user, whatever it is
-        job.error, job.details, job.status = " ".join(str(error).split()) or type(error).__name__, traceback.format_exc(), "failed"
+        job.error, job.details, job.status = (
+            " ".join(str(error).split()) or type(error).__name__,
+            traceback.format_exc(),
+            "failed",
+        )
     finally:
         job.seconds = time.monotonic() - job.started
 

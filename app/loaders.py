@@ -1,7 +1,7 @@
 """What is opened and computed once for every tab: models, and results by weights and text.
 
-The models a page may open are the bundled ones and the directories named when the server was started; a name from the address
-bar is looked up among these and never used as a path. Results are frozen, so all sessions share them.
+The models a page may open are the bundled ones and the directories named when the server was started; a name from the
+address bar is looked up among these and never used as a path. Results are frozen, so all sessions share them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def model_choices() -> dict[str, Path]:
-    """Names shown to the user and the directory of each: bundled models that are present, then those of the command line."""
+    """Names shown to the user and their directories: the bundled models present, then those of the command line."""
     from engram_interp.models.checkpoint import CONFIG
     from engram_interp.models.registry import BUNDLED, find
 
@@ -60,7 +60,9 @@ def model(name: str) -> Decoder | MemoryModel:
     return _open(str(choices[name]))
 
 
-@st.cache_resource(max_entries=MAX_MODELS, show_spinner="Opening the model: configuration, weights, self-check of shapes")
+@st.cache_resource(
+    max_entries=MAX_MODELS, show_spinner="Opening the model: configuration, weights, self-check of shapes"
+)
 def _open(directory: str) -> Decoder | MemoryModel:
     from engram_interp.models.adapters.opening import open_model
 
@@ -108,7 +110,9 @@ def _effects(
     from engram_interp.probes.token_effects import token_effects
 
     statistics = statistics_for(_model, weights, kind)
-    return token_effects(_model, text, positions=positions, blocks=blocks, kind=kind, statistics=statistics, limit=MAX_TOKENS)
+    return token_effects(
+        _model, text, positions=positions, blocks=blocks, kind=kind, statistics=statistics, limit=MAX_TOKENS
+    )
 
 
 def statistics_for(_model: MemoryModel, weights: str, kind: str):  # noqa: ANN201

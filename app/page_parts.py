@@ -54,9 +54,11 @@ def model_card(name: str) -> None:
     memory = "no memory"
     if config.engram:
         orders = len(config.engram.rows_per_head)
-        memory = f"Engram in blocks {', '.join(map(str, config.engram.blocks))}: {orders} orders × {config.engram.heads} heads"
+        blocks = ", ".join(map(str, config.engram.blocks))
+        memory = f"Engram in blocks {blocks}: {orders} orders × {config.engram.heads} heads"
     st.caption(
-        f"{config.layers} blocks · width {config.width} · {config.streams} branches · {config.routed_experts} experts · "
+        f"{config.layers} blocks · width {config.width} · {config.streams} branches · {config.routed_experts} experts "
+        "· "
         f"{memory} · context {config.context}"
     )
     if name in BUNDLED:
@@ -74,13 +76,22 @@ def no_models() -> None:
 
 def without_memory(name: str, question: str) -> None:
     """The page of a question about the memory, for a model that has none."""
-    st.info(f"{name} has no Engram memory, so there is no answer to: {question} Choose another model on the left, or look at:")
+    st.info(
+        f"{name} has no Engram memory, so there is no answer to: {question} Choose another model on the left, or look "
+        "at:"
+    )
     st.page_link("views/lens.py", label="Lens: how early is the answer readable?", icon=":material/arrow_forward:")
 
 
 def exports(name: str, key: str, **forms: Callable[[], str | bytes]) -> None:
     """A row of download buttons; each file is made when its button is clicked."""
-    kinds = {"csv": "text/csv", "json": "application/json", "html": "text/html", "svg": "image/svg+xml", "png": "image/png"}
+    kinds = {
+        "csv": "text/csv",
+        "json": "application/json",
+        "html": "text/html",
+        "svg": "image/svg+xml",
+        "png": "image/png",
+    }
     with st.container(horizontal=True):
         for suffix, make in forms.items():
             st.download_button(
@@ -115,7 +126,9 @@ def lens_choices(models: list, results: list, at: int) -> pd.DataFrame:
 
     columns: dict[str, object] = {"layer": list(range(results[0].sites))}
     for model, result in zip(models, results, strict=True):
-        columns[f"{result.model}: first choice"] = [show(t) for t in show_tokens(model.tokenizer, result.top1[:, at].tolist())]
+        columns[f"{result.model}: first choice"] = [
+            show(t) for t in show_tokens(model.tokenizer, result.top1[:, at].tolist())
+        ]
         columns[f"{result.model}: KL, nats"] = result.kl[:, at]
         columns[f"{result.model}: entropy, nats"] = result.entropy[:, at]
     return pd.DataFrame(columns)

@@ -1,7 +1,8 @@
-"""What does the user look at? Read once from widgets and the address bar into a frozen `View`; pages take it and nothing else.
+"""What does the user look at? Read once from widgets and the address bar into a frozen `View`; pages take it and
+nothing else.
 
-Widgets bound with `bind="query-params"` keep themselves in the address; the text (which may be long), the pinned text and the
-chosen token are put there by hand.
+Widgets bound with `bind="query-params"` keep themselves in the address; the text (which may be long), the pinned text
+and the chosen token are put there by hand.
 """
 
 from __future__ import annotations
@@ -43,15 +44,17 @@ class View:
 def text_input(label: str = "Text") -> str:
     """The text box with its gallery; the text survives a change of page and is in the address."""
     state = st.session_state
-    if "text_box" not in state:
-        state["text_box"] = _from_address("text", "t") or DEFAULT_TEXT
+    if "text" not in state:
+        state["text"] = _from_address("text", "t") or DEFAULT_TEXT
         state["pinned"] = _from_address("pin", "p")
+    if "text_box" not in state:  # a widget's own value does not survive a change of page
+        state["text_box"] = state["text"]
     left, right = st.columns([1, 3], vertical_alignment="top")
     with left:
         st.selectbox("Example", [_OWN_WORDS, *loaders.gallery_texts()], key="example", on_change=_use_example)
     with right:
-        st.text_area(label, key="text_box", persist_state="session", height=100, placeholder="Type or paste a text")
-    text = state["text_box"]
+        st.text_area(label, key="text_box", height=100, placeholder="Type or paste a text")
+    text = state["text"] = state["text_box"]
     _to_address("text", "t", text if text != DEFAULT_TEXT else None)
     _to_address("pin", "p", state.get("pinned"))
     return text
@@ -71,7 +74,9 @@ def gates_view(model: str, text: str, layers: tuple[int, ...], branches: int, to
         names = ["mean", "max", *map(str, range(branches))]
         forget_unless("branch", names)
         st.segmented_control("Branch", names, default="mean", required=True, key="branch", bind="query-params")
-        st.segmented_control("Colour by", list(QUANTITIES), default="gate", required=True, key="by", bind="query-params")
+        st.segmented_control(
+            "Colour by", list(QUANTITIES), default="gate", required=True, key="by", bind="query-params"
+        )
     pages = -(-tokens // WINDOW)
     page = 0
     if pages > 1:
@@ -91,7 +96,7 @@ def gates_view(model: str, text: str, layers: tuple[int, ...], branches: int, to
 
 
 def take_selection(strip: str) -> None:
-    """A token or a cell was clicked in a strip: choose the token, and the block of the cell. Before the controls are made."""
+    """A token or a cell was clicked in a strip: choose the token and its block, before the controls."""
     state = st.session_state
     chosen = (state.get(strip) or {}).get("selected")
     if not chosen or chosen == state.get("taken"):

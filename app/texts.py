@@ -1,4 +1,4 @@
-"""How is a text too long for an address shared? It is kept under the hash of its content, and the address carries the hash."""
+"""How is a text too long for an address shared? It is kept under the hash of its content, which the address carries."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """How is the dashboard started? As a Streamlit server in its own process, on this machine's address only.
 
-The application is data beside the package (`_app` in a wheel, `app/` in a checkout), because Streamlit runs files. The models it
-may open are the bundled ones and the directories named here, nothing else.
+The application is data beside the package (`_app` in a wheel, `app/` in a checkout), because Streamlit runs files. The
+models it may open are the bundled ones and the directories named here, nothing else.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def app_directory() -> Path:
     raise FileNotFoundError(f"expected the dashboard in {package / '_app'} or {package.parent / 'app'}, found neither")
 
 
-def app_command(models: Sequence[str] = (), runs: str | None = None, port: int | None = None, headless: bool = False) -> list[str]:
+def app_command(
+    models: Sequence[str] = (), runs: str | None = None, port: int | None = None, headless: bool = False
+) -> list[str]:
     """The command that serves the dashboard.
 
     Args: models: directories the page may open beside the bundled models; runs: folder of run folders to show.
@@ -39,7 +41,14 @@ def app_command(models: Sequence[str] = (), runs: str | None = None, port: int |
             raise ValueError(f"expected a directory, found {path!r}")
     if port is not None and not 0 < port < 65536:
         raise ValueError(f"expected a port between 1 and 65535, found {port}")
-    options = ["--server.address", ADDRESS, "--server.headless", str(headless).lower(), "--browser.gatherUsageStats", "false"]
+    options = [
+        "--server.address",
+        ADDRESS,
+        "--server.headless",
+        str(headless).lower(),
+        "--browser.gatherUsageStats",
+        "false",
+    ]
     if port is not None:
         options += ["--server.port", str(port)]
     own = [part for path in models for part in ("--model", str(Path(path).resolve()))]
@@ -55,10 +64,13 @@ def app_environment() -> dict[str, str]:
     return environment
 
 
-def run_app(models: Sequence[str] = (), port: int | None = None, headless: bool = False, runs: str | None = None) -> int:
+def run_app(
+    models: Sequence[str] = (), port: int | None = None, headless: bool = False, runs: str | None = None
+) -> int:
     """Serve the dashboard until it is stopped; returns the server's exit code.
 
-    Raises: ValueError when Streamlit is not installed, or for options that cannot be; FileNotFoundError without the application.
+    Raises: ValueError when Streamlit is not installed, or for options that cannot be; FileNotFoundError without the
+        application.
     """
     if importlib.util.find_spec("streamlit") is None:
         raise ValueError("the dashboard needs Streamlit: pip install 'engram-interp[app]'")

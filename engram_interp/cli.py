@@ -367,6 +367,31 @@ def evaluate(
 
 
 @app.command
+def card(config: Positional[Path], *, data: Path | None = None, items: int = 2000, out: Path | None = None) -> int:
+    """Evaluate the model a training configuration made and write its model card.
+
+    Args:
+        config: The training configuration; its `out` holds the checkpoint.
+        data: Evaluation data; the bundled gallery if absent.
+        items: Items per task at the most.
+        out: The file to write; printed if absent.
+    """
+    from engram_interp.models.registry import load
+    from engram_interp.studies.card import model_card
+    from engram_interp.studies.evaluation import evaluate as run_suite
+    from engram_interp.training.config import load_train_config
+
+    settings = load_train_config(config)
+    evaluation = run_suite(load(settings.out), data, limit=items, progress=sys.stderr.isatty())
+    text = model_card(settings, evaluation, str(config))
+    if out is None:
+        _print(text)
+    else:
+        out.write_text(text, encoding="utf-8")
+    return 0
+
+
+@app.command
 def findings(*, pair: str = "mini", out: Path = Path("runs/findings"), items: int = 400, seed: int = 0, json: bool = False) -> int:
     """Ask the paper's questions of a pair: paper, here, null, rule and verdict, kept as a run folder.
 

@@ -60,7 +60,9 @@ def test_effects_as_json_have_no_nan(tiny_engram):
     assert record["change"][-1] is None and record["condition"] == "output_zero, block 1"
 
 
-@pytest.mark.parametrize(("text", "options", "match"), [("", {}, "empty"), (TEXT, {"positions": (900, 901)}, "position")])
+@pytest.mark.parametrize(
+    ("text", "options", "match"), [("", {}, "empty"), (TEXT, {"positions": (900, 901)}, "position")]
+)
 def test_effects_refuse(tiny_engram, text, options, match):
     with pytest.raises(ValueError, match=match):
         token_effects(tiny_engram, text, **options)
@@ -155,15 +157,31 @@ def strip_of(model, text: str) -> dict:
     r = token_readings(gates)
     ids = gates.token_ids
     hover = hover_texts(
-        r.tokens, ngram_labels(model, ids), slot_numbers(model, ids), gates.gates[:, 0], gates.scores[:, 0], gates.write_norm[:, 0], layer=1
+        r.tokens,
+        ngram_labels(model, ids),
+        slot_numbers(model, ids),
+        gates.gates[:, 0],
+        gates.scores[:, 0],
+        gates.write_norm[:, 0],
+        layer=1,
     )
     return strip_data(
-        r.tokens, r.shown, r.bars, r.grid, r.labels, low=r.low, high=r.high, unit="gate", hover=hover, blocks=r.blocks, middle="no evidence"
+        r.tokens,
+        r.shown,
+        r.bars,
+        r.grid,
+        r.labels,
+        low=r.low,
+        high=r.high,
+        unit="gate",
+        hover=hover,
+        blocks=r.blocks,
+        middle="no evidence",
     )
 
 
 def test_strip_svg_is_valid_and_inert(tiny_engram):
-    data = strip_of(tiny_engram, "<script>alert(1)</script> & \"quotes\" 東京 🙂\nnext line")
+    data = strip_of(tiny_engram, '<script>alert(1)</script> & "quotes" 東京 🙂\nnext line')
     svg = strip_svg(data, "model <b> & caption")
     root = ElementTree.fromstring(svg)
     names = {element.tag.rpartition("}")[2] for element in root.iter()}
@@ -181,7 +199,9 @@ def test_strip_data_is_plain_and_says_where_it_peaks(tiny_engram):
     assert f"token {peak} {data['tokens'][peak]}" in describe(data)
     assert "2-gram" in data["hover"][5] and "gate by branch" in data["hover"][5] and "slots" in data["hover"][5]
     with pytest.raises(ValueError, match="one entry per token"):
-        strip_data(["a"], np.zeros(2), np.zeros((1, 2)), np.zeros((1, 1)), ["row"], low=0, high=1, unit="x")
+        strip_data(
+            ["a"], np.zeros(1), np.zeros((1, 2)), np.zeros((1, 1)), ["row"], low=0, high=1, unit="x", hover=["a", "b"]
+        )
 
 
 def test_lens_map_marks_memories_and_names_choices(tiny_engram):

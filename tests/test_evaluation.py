@@ -80,3 +80,20 @@ def test_two_models_compare_item_by_item(tiny_engram, tiny_moe, data):
 def test_a_folder_that_is_not_there_is_named(tiny_engram, tmp_path):
     with pytest.raises(ValueError, match="nowhere"):
         evaluate(tiny_engram, tmp_path / "nowhere")
+
+
+def test_the_model_card_states_the_numbers_it_was_given(tiny_engram, tmp_path):
+    from pathlib import Path
+
+    from engram_interp.models.cost import parameter_count
+    from engram_interp.studies.card import model_card
+    from engram_interp.training.config import load_train_config
+
+    root = Path(__file__).resolve().parents[1]
+    config = load_train_config(root / "experiments/configs/mini/mini-engram.yaml")
+    result = evaluate(tiny_engram, limit=20)
+    card = model_card(config, result, "experiments/configs/mini/mini-engram.yaml")
+    assert f"{parameter_count(config.model):,}" in card
+    assert f"{config.steps * config.tokens_per_step:,}" in card
+    for name, score in result.scores.items():
+        assert f"| {name} | {score.value.value:.4f} [" in card

@@ -139,5 +139,8 @@ def test_the_ablate_command_prints_and_writes(checkpoint, tmp_path, capsys):
     assert '"gate_scale scale=0.5"' in capsys.readouterr().out
     assert run_ablate(str(checkpoint), config, out=tmp_path / "e.csv") == 0
     assert len((tmp_path / "e.csv").read_text().splitlines()) == 2
+    study = write_config(tmp_path / "study.yaml", checkpoint, "remove_engram", kinds=["output_zero"])
+    assert run_ablate(str(checkpoint), study, out=tmp_path / "s.csv") == 0
+    assert len((tmp_path / "s.csv").read_text().splitlines()) == 1 + 3  # jointly and in each of two blocks
     with pytest.raises(ValueError, match="ending in"):
         run_ablate(str(checkpoint), config, out=tmp_path / "e.txt")

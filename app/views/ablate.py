@@ -22,8 +22,8 @@ from engram_interp.probes.token_readings import effect_grid
 QUESTION = "What breaks without the memory?"
 # Ways to remove a memory that need no option but data; the control is always shown beside the chosen one.
 OFFERED = (
-    "output_zero", "gate_closed", "embedding_zero", "mean", "resample", "hash_permute", "gate_mean", "gate_open", "conv_off",
-    "gated_off", "mlp_zero", "attn_zero",
+    "output_zero", "gate_closed", "embedding_zero", "mean", "resample", "hash_permute", "gate_mean", "gate_open",
+    "conv_off", "gated_off", "mlp_zero", "attn_zero",
 )  # fmt: skip
 CONTROL = "equal_norm_random"
 LIMIT = state.WINDOW
@@ -56,7 +56,10 @@ def controls(model: MemoryModel) -> tuple[str, tuple[int, ...] | None]:
         state.forget_unless("where", places)
         st.segmented_control("In block", places, default="all", required=True, key="where", bind="query-params")
     kind, where = KINDS[st.session_state["kind"]], st.session_state["where"]
-    st.caption(f"What {kind.name} shows: {kind.question}. What the rest of the model then meets, beside its training: {kind.distribution}.")
+    st.caption(
+        f"What {kind.name} shows: {kind.question}. What the rest of the model then meets, beside its training: "
+        f"{kind.distribution}."
+    )
     return kind.name, None if where == "all" else (int(where),)
 
 
@@ -86,14 +89,17 @@ def show_text(name: str, model: MemoryModel, text: str, kind: str, blocks: tuple
         show_continuation(name, model, text, kind, blocks)
     page_parts.exports(
         "ablation-text", "ablate_text", csv=lambda: chosen.table().to_csv(index=False),
-        json=lambda: page_parts.as_json({"chosen": chosen.as_dict(), "control": random.as_dict()}), html=lambda: chosen.figure().to_html(),
+        json=lambda: page_parts.as_json({"chosen": chosen.as_dict(), "control": random.as_dict()}),
+        html=lambda: chosen.figure().to_html(),
     )  # fmt: skip
 
 
 def worst_hit(effects: TokenEffects):  # noqa: ANN201
     """The 20 positions that lose most."""
     frame = effects.table().dropna(subset=["change"]).sort_values("change", ascending=False, kind="stable").head(20)
-    return frame[["position", "token", "next_token", "change", "rank_with", "rank_without", "top_with", "top_without", "kl"]]
+    return frame[
+        ["position", "token", "next_token", "change", "rank_with", "rank_without", "top_with", "top_without", "kl"]
+    ]
 
 
 def show_continuation(name: str, model: MemoryModel, text: str, kind: str, blocks: tuple[int, ...] | None) -> None:
@@ -109,12 +115,16 @@ def show_continuation(name: str, model: MemoryModel, text: str, kind: str, block
 @st.cache_resource(max_entries=64, show_spinner="Continuing the text")
 def continue_text(_model: MemoryModel, weights: str, text: str, kind: str, blocks: tuple[int, ...] | None):  # noqa: ANN201
     """Continuations, kept by weights, text and ablation."""
-    return continuations(_model, text, kind=kind, blocks=blocks, statistics=loaders.statistics_for(_model, weights, kind))
+    return continuations(
+        _model, text, kind=kind, blocks=blocks, statistics=loaders.statistics_for(_model, weights, kind)
+    )
 
 
 def show_tasks(model: MemoryModel) -> None:
     """Retained scores by kind of task, with intervals and controls."""
-    limit = st.select_slider("Items per task", [20, 50, 100, 200], value=50, key="items", bind="query-params", width=300)
+    limit = st.select_slider(
+        "Items per task", [20, 50, 100, 200], value=50, key="items", bind="query-params", width=300
+    )
     texts, weights = loaders.gallery_texts(), model.identity.weights_sha256
 
     def work(job: jobs.Job) -> AblationEffects:
@@ -128,7 +138,10 @@ def show_tasks(model: MemoryModel) -> None:
     label = f"Score {len(GENERATED_TASKS)} tasks under {len(default_conditions(model))} conditions"
     job = jobs.run_button(jobs.job_name("ablate", weights, limit), label, loaders.task_forwards(model, limit), work)
     if job is None:
-        st.caption("Paired over the same items, each kind on all memories jointly and on each block, with equal-norm and matched controls.")
+        st.caption(
+            "Paired over the same items, each kind on all memories jointly and on each block, with equal-norm and "
+            "matched controls."
+        )
         return
     effects: AblationEffects = job.result
     table = effects.table()
@@ -140,7 +153,8 @@ def show_tasks(model: MemoryModel) -> None:
     st.caption("Intervals are over items for this checkpoint; they say nothing about another training seed.")
     page_parts.provenance_line(effects.provenance, f"{job.seconds:.0f} s")
     page_parts.exports(
-        "ablation", "ablate_tasks", csv=lambda: table.to_csv(index=False), json=lambda: page_parts.as_json(effects.as_dict()),
+        "ablation", "ablate_tasks", csv=lambda: table.to_csv(index=False),
+        json=lambda: page_parts.as_json(effects.as_dict()),
         html=lambda: effects.figure().to_html(),
     )  # fmt: skip
 

@@ -61,7 +61,9 @@ def show_gates(name: str, text: str) -> None:
             "gates", "gates", svg=lambda: strip_svg(data, caption), csv=lambda: gates.table().to_csv(index=False),
             html=gates.html, json=lambda: page_parts.as_json(gates.as_dict()),
         )  # fmt: skip
-    page_parts.provenance_line(gates.provenance, f"{len(gates.tokens)} tokens", f"{time.perf_counter() - started:.2f} s")
+    page_parts.provenance_line(
+        gates.provenance, f"{len(gates.tokens)} tokens", f"{time.perf_counter() - started:.2f} s"
+    )
     inspector.show(view, gates, token, (first, first + len(readings.tokens)))
 
 

@@ -18,8 +18,10 @@ from engram_interp.probes.lens_comparison import LensComparison, compare_lens
 QUESTION = "How early is the answer readable?"
 SHOWN = ("kl", "entropy", "cross_entropy", "agreement")
 CAPTION = (
-    "Lower earlier: the final prediction formed earlier. Dashed lines: where an Engram writes. Middle layers need not speak the "
-    "basis of the last one, so a lower KL can be a matter of dialect; the first layers are read least reliably. The last layer "
+    "Lower earlier: the final prediction formed earlier. Dashed lines: where an Engram writes. Middle layers need "
+    "not speak the "
+    "basis of the last one, so a lower KL can be a matter of dialect; the first layers are read least reliably. The "
+    "last layer "
     "is the prediction itself, so its KL is exactly 0."
 )
 
@@ -40,9 +42,22 @@ def show() -> None:
     with st.container(horizontal=True, gap="medium"):
         chosen = [name for name in ("mini-moe", "mini-engram", *others[1:]) if name in others]
         state.forget_unless("baseline", others)
-        st.selectbox("Compare with", others, index=others.index((chosen or ["none"])[0]), key="baseline", bind="query-params", width=260)
+        st.selectbox(
+            "Compare with",
+            others,
+            index=others.index((chosen or ["none"])[0]),
+            key="baseline",
+            bind="query-params",
+            width=260,
+        )
         st.segmented_control(
-            "Show", list(SHOWN), default="kl", required=True, key="show", bind="query-params", help="; ".join(QUANTITIES[q] for q in SHOWN)
+            "Show",
+            list(SHOWN),
+            default="kl",
+            required=True,
+            key="show",
+            bind="query-params",
+            help="; ".join(QUANTITIES[q] for q in SHOWN),
         )
     if not text.strip():
         st.info("Type a text above, or choose an example.")
@@ -70,12 +85,16 @@ def show_text(arms: list[str], text: str, quantity: str) -> None:
             result.values(quantity), tokens, choices, title=result.model, unit=QUANTITIES[quantity], largest=largest,
             memories=getattr(model, "engram_layers", ()),
         )  # fmt: skip
-        page_parts.figure(plot, f"lens_{result.model}", alt=f"{QUANTITIES[quantity]} of {result.model} by layer and token")
+        page_parts.figure(
+            plot, f"lens_{result.model}", alt=f"{QUANTITIES[quantity]} of {result.model} by layer and token"
+        )
         page_parts.provenance_line(result.provenance, f"{result.tokens} tokens")
     st.caption(CAPTION)
     tokens = show_tokens(models[0].tokenizer, results[0].token_ids.tolist())
     labels = [f"{t} {token}" for t, token in enumerate(tokens)]
-    at = labels.index(st.selectbox("First choice of every layer after", labels, index=len(labels) - 1, key="lens_token"))
+    at = labels.index(
+        st.selectbox("First choice of every layer after", labels, index=len(labels) - 1, key="lens_token")
+    )
     page_parts.table(page_parts.lens_choices(models, results, at), "lens_choices")
     page_parts.exports(
         "lens", "lens_text", csv=lambda: results[0].table().to_csv(index=False),
@@ -102,14 +121,20 @@ def show_gallery(arms: list[str], quantity: str) -> None:
     with left:
         page_parts.figure(apply_style(result.figure(), title="Both models, simultaneous 95 % band"), "lens_curves")
     with right:
-        page_parts.figure(apply_style(result.difference_figure(), title=f"{result.models[0]} minus {result.models[1]}"), "lens_difference")
+        page_parts.figure(
+            apply_style(result.difference_figure(), title=f"{result.models[0]} minus {result.models[1]}"),
+            "lens_difference",
+        )
     overall = result.overall
     st.markdown(
-        f"Area under the curve, first minus second: **{overall.auc}** nats × layers; relative to how far each prediction is from "
+        f"Area under the curve, first minus second: **{overall.auc}** nats × layers; relative to how far each "
+        "prediction is from "
         f"unigram frequencies: **{overall.auc_normalised}**; settling depth: **{overall.settling}** layers."
     )
     st.warning(f"What may be said: {result.statement}.", icon=":material/gavel:")
-    page_parts.provenance_line(result.provenance, f"{overall.tokens} tokens of {overall.documents} sentences", f"{job.seconds:.0f} s")
+    page_parts.provenance_line(
+        result.provenance, f"{overall.tokens} tokens of {overall.documents} sentences", f"{job.seconds:.0f} s"
+    )
     page_parts.exports(
         "lens-comparison", "lens_gallery", csv=lambda: result.table().to_csv(index=False),
         json=lambda: page_parts.as_json(result.as_dict()), html=lambda: result.figure().to_html(),

@@ -66,10 +66,13 @@ def show_phrase(model, phrase: str, block: int) -> None:  # noqa: ANN001
     result = lookup(model, phrase, block=block)
     page_parts.figure(result.figure(), "lookup", alt="Norm of every row the phrase addresses")
     page_parts.table(result.table(), "lookup", height=320)
-    st.caption("A slot is the row number inside its head; `row` numbers the whole table. Norms say how much a row can add.")
+    st.caption(
+        "A slot is the row number inside its head; `row` numbers the whole table. Norms say how much a row can add."
+    )
     page_parts.provenance_line(result.provenance)
     page_parts.exports(
-        "memory-lookup", "lookup", csv=lambda: result.table().to_csv(index=False), json=lambda: page_parts.as_json(result.as_dict()),
+        "memory-lookup", "lookup", csv=lambda: result.table().to_csv(index=False),
+        json=lambda: page_parts.as_json(result.as_dict()),
         html=lambda: result.figure().to_html(),
     )  # fmt: skip
 
@@ -89,10 +92,14 @@ def show_row(model, block: int, corpus: tuple[str, ...], source: str) -> None:  
         page_parts.figure(near.figure(), "neighbours", alt="Rows nearest by cosine, in the same head")
         readers = ", ".join(f"`{text}` × {count}" for text, count in reading.ngrams) or "none"
         st.markdown(f"n-grams of {source} that read it: {readers}")
-    st.caption("Read directly at the memory's layer; the other rows of a position add to the same value, and the gate may close on it.")
+    st.caption(
+        "Read directly at the memory's layer; the other rows of a position add to the same value, and the gate may "
+        "close on it."
+    )
     page_parts.provenance_line(reading.provenance)
     page_parts.exports(
-        "memory-row", "row", csv=lambda: reading.table().to_csv(index=False), json=lambda: page_parts.as_json(reading.as_dict()),
+        "memory-row", "row", csv=lambda: reading.table().to_csv(index=False),
+        json=lambda: page_parts.as_json(reading.as_dict()),
         html=lambda: reading.figure().to_html(),
     )  # fmt: skip
 
@@ -105,20 +112,27 @@ def show_collisions(model, block: int, corpus: tuple[str, ...], source: str) -> 
         job.tick()
         return slot_collisions(model, corpus, block=block, inspect=0)
 
-    job = jobs.run_button(jobs.job_name("collisions", weights, block, corpus), f"Count {source} ({len(corpus)} texts)", 1, work)
+    job = jobs.run_button(
+        jobs.job_name("collisions", weights, block, corpus), f"Count {source} ({len(corpus)} texts)", 1, work
+    )
     if job is None:
         return
     result: CollisionResult = job.result
     left, right = st.columns(2)
     with left:
-        page_parts.figure(result.figure(), "collisions", alt="Share of n-grams that share a slot, per head, beside a uniform hash")
+        page_parts.figure(
+            result.figure(), "collisions", alt="Share of n-grams that share a slot, per head, beside a uniform hash"
+        )
     with right:
         page_parts.figure(result.load_figure(), "loads", alt="Slots by load, beside a uniform hash")
     page_parts.table(result.table(), "collisions", height=320)
-    st.caption(f"{result.tokens} tokens of {source}. Collisions grow with the corpus: compare corpora of one size only.")
+    st.caption(
+        f"{result.tokens} tokens of {source}. Collisions grow with the corpus: compare corpora of one size only."
+    )
     page_parts.provenance_line(result.provenance, f"{job.seconds:.1f} s")
     page_parts.exports(
-        "collisions", "collisions", csv=lambda: result.table().to_csv(index=False), json=lambda: page_parts.as_json(result.as_dict()),
+        "collisions", "collisions", csv=lambda: result.table().to_csv(index=False),
+        json=lambda: page_parts.as_json(result.as_dict()),
         html=lambda: result.figure().to_html(),
     )  # fmt: skip
 

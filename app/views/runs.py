@@ -46,7 +46,8 @@ def table(runs: list[RunSummary]) -> None:
     shown = [run for run in runs if wanted in f"{run.name} {run.study} {run.status}".lower()]
     rows = [
         {
-            "run": r.name, "study": r.study, "status": r.status, "seeds": ", ".join(map(str, r.seeds)), "started": r.started,
+            "run": r.name, "study": r.study, "status": r.status, "seeds": ", ".join(map(str, r.seeds)),
+            "started": r.started,
             "tables": ", ".join(r.tables), "reason": r.reason,
         }
         for r in shown
@@ -77,7 +78,9 @@ def compare(runs: dict[str, OpenRun]) -> None:
         for name, run in runs.items():
             st.markdown(f"**{name}**")
             st.code(json.dumps(run.manifest.model_dump(), indent=1, ensure_ascii=False), language="json", height=260)
-            st.caption(", ".join(sorted(str(p.relative_to(run.path)) for p in Path(run.path).rglob("*") if p.is_file())[:200]))
+            st.caption(
+                ", ".join(sorted(str(p.relative_to(run.path)) for p in Path(run.path).rglob("*") if p.is_file())[:200])
+            )
 
 
 def metric(runs: dict[str, OpenRun], tables: list[str]) -> None:

@@ -39,7 +39,12 @@ def show() -> None:
             "Rows at", list(POSITIONS), default="entity_final", required=True, key="at", bind="query-params",
             format_func=POSITIONS.get,
         )  # fmt: skip
-        st.toggle("Shuffled-document null", key="null", bind="query-params", help="200 permutations; takes a few times longer.")
+        st.toggle(
+            "Shuffled-document null",
+            key="null",
+            bind="query-params",
+            help="200 permutations; takes a few times longer.",
+        )
     with page_parts.readable_errors():
         run(name, st.session_state["baseline"], st.session_state["control"], st.session_state["at"])
 
@@ -52,7 +57,12 @@ def run(name: str, baseline: str, control: str, positions: str) -> None:
     def work(job: jobs.Job) -> CKAHeatmap:
         watched = [WatchedModel(model, job.tick) for model in models]
         return cka_heatmap(
-            watched[0], watched[1], sentences, positions, control=watched[2] if len(watched) > 2 else None, permutations=permutations
+            watched[0],
+            watched[1],
+            sentences,
+            positions,
+            control=watched[2] if len(watched) > 2 else None,
+            permutations=permutations,
         )
 
     weights = [m.identity.weights_sha256 for m in models]
@@ -72,7 +82,9 @@ def result(job: jobs.Job) -> None:
     st.subheader("What may be claimed", anchor=False)
     supported = [claim for claim in heat.claims if claim.allowed]
     if not supported:
-        st.warning("No layer's depth differs from the null: the claim of effectively deeper layers is not supported here.")
+        st.warning(
+            "No layer's depth differs from the null: the claim of effectively deeper layers is not supported here."
+        )
     for claim in supported:
         st.markdown(f"- {claim.sentence}")
     with st.expander("Every layer", expanded=not supported):
@@ -80,10 +92,13 @@ def result(job: jobs.Job) -> None:
             st.markdown(f"- {claim.sentence}")
     page_parts.table(heat.depths(), "depths", height=360)
     st.caption(
-        "CKA is unbiased, with a delete-one jackknife over sentences; soft alignment is printed with its null, because two seeds of "
+        "CKA is unbiased, with a delete-one jackknife over sentences; soft alignment is printed with its null, "
+        "because two seeds of "
         "one architecture also give an index that differs from the diagonal."
     )
-    page_parts.provenance_line(heat.provenance, f"{heat.matrix.n} rows of {heat.matrix.documents} sentences", f"{job.seconds:.0f} s")
+    page_parts.provenance_line(
+        heat.provenance, f"{heat.matrix.n} rows of {heat.matrix.documents} sentences", f"{job.seconds:.0f} s"
+    )
     page_parts.exports(
         "cka", "cka", csv=lambda: heat.table().to_csv(index=False), json=lambda: page_parts.as_json(heat.as_dict()),
         html=lambda: heat.figure().to_html(),

@@ -27,8 +27,9 @@ def lens_map(
 ) -> go.Figure:
     """Heat map of a lens reading.
 
-    Args: choices[l][t]: first choice of site l after token t; largest: end of the colour range, to share it between figures (None:
-        the largest value); memories: blocks with an Engram, marked at the first site that holds their write (block + 1).
+    Args: choices[l][t]: first choice of site l after token t; largest: end of the colour range, to share it between
+        figures (None: the largest value); memories: blocks with an Engram, marked at the first site that holds their
+        write (block + 1).
     Raises: ValueError for labels that do not fit the values.
     """
     import plotly.graph_objects as go

@@ -1,9 +1,9 @@
 """A text with a coloured background per token, bars per branch and a grid of rows: plain data for a page, and SVG.
 
-`strip_data` is what an interactive strip draws (numbers, labels, colour scale); `strip_svg` is the same picture as a file for a
-paper, made here and not by a browser. Colours: cividis, or blue-orange for signed values; bars repeat the branches so that
-colour is never the only cue. Cost: microseconds per token. Misleads where a glyph is wider than the SVG assumes: the file
-asks the viewer to fit each token to its box (`textLength`).
+`strip_data` is what an interactive strip draws (numbers, labels, colour scale); `strip_svg` is the same picture as a
+file for a paper, made here and not by a browser. Colours: cividis, or blue-orange for signed values; bars repeat the
+branches so that colour is never the only cue. Cost: microseconds per token. Misleads where a glyph is wider than the
+SVG assumes: the file asks the viewer to fit each token to its box (`textLength`).
 """
 
 from __future__ import annotations
@@ -41,11 +41,16 @@ def strip_data(
 ) -> dict[str, object]:
     """Plain data of one strip; NaN becomes None.
 
-    Args: bars: heights in [0, 1]; low, high: range of the colours; first: position of the first token in its text; middle: what
-        the middle of the scale means ("no evidence").
+    Args: bars: heights in [0, 1]; low, high: range of the colours; first: position of the first token in its text;
+        middle: what the middle of the scale means ("no evidence").
     Raises: ValueError for lengths that do not fit.
     """
-    sizes = {"shown": len(shown), "bars": len(bars), "grid": grid.shape[1], "hover": len(hover) if hover is not None else len(tokens)}
+    sizes = {
+        "shown": len(shown),
+        "bars": len(bars),
+        "grid": grid.shape[1],
+        "hover": len(hover) if hover is not None else len(tokens),
+    }
     if wrong := {name: size for name, size in sizes.items() if size != len(tokens)}:
         raise ValueError(f"expected one entry per token ({len(tokens)}), found {wrong}")
     if grid.shape[0] != len(labels):
@@ -92,7 +97,11 @@ def hover_texts(
         lines.append(f"score by branch: {_numbers(scores[t])}")
         lines.append(f"write / stream: {write[t]:.3f}")
         if change is not None:
-            lines.append("no next token" if np.isnan(change[t]) else f"log p of the next token, all memories: {change[t]:+.3f} nats")
+            lines.append(
+                "no next token"
+                if np.isnan(change[t])
+                else f"log p of the next token, all memories: {change[t]:+.3f} nats"
+            )
         texts.append("\n".join(lines))
     return texts
 
@@ -111,7 +120,8 @@ def describe(data: dict) -> str:
     if not known:
         return "no values"
     _, t = max(known)
-    return f"{data['scale']['unit']} is largest in size at token {data['first'] + t} {data['tokens'][t]}: {data['shown'][t]:+.3f}"
+    unit, token = data["scale"]["unit"], f"{data['first'] + t} {data['tokens'][t]}"
+    return f"{unit} is largest in size at token {token}: {data['shown'][t]:+.3f}"
 
 
 def strip_svg(data: dict, caption: str, *, width: int = 1000) -> str:
@@ -123,10 +133,14 @@ def strip_svg(data: dict, caption: str, *, width: int = 1000) -> str:
     grid, y = _grid_parts(data, width, y + 14)
     scale, y = _scale_parts(data, y + 18)
     lines = [caption[i : i + 130] for i in range(0, len(caption), 130)]
-    text = [f'<text x="10" y="{y + 18 + 15 * n:.1f}" font-size="11">{html.escape(line)}</text>' for n, line in enumerate(lines)]
+    text = [
+        f'<text x="10" y="{y + 18 + 15 * n:.1f}" font-size="11">{html.escape(line)}</text>'
+        for n, line in enumerate(lines)
+    ]
     height = y + 30 + 15 * len(lines)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height:.0f}" viewBox="0 0 {width} {height:.0f}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height:.0f}" '
+        f'viewBox="0 0 {width} {height:.0f}" '
         f'role="img" aria-label="{html.escape(describe(data), quote=True)}">'
         '<style>text{font-family:ui-monospace,"Liberation Mono",monospace;font-size:14px}.l{font-size:11px}</style>'
         f'<rect width="100%" height="100%" fill="#ffffff"/>{"".join([*parts, *grid, *scale, *text])}</svg>'
@@ -165,7 +179,8 @@ def _strip_parts(data: dict, width: int) -> tuple[list[str], float]:
         for m, bar in enumerate(bars):
             height = _BARS * bar
             parts.append(
-                f'<rect x="{x + m * step:.1f}" y="{y + _BOX + 1 + _BARS - height:.1f}" width="{max(step - 1, 0.6):.1f}" '
+                f'<rect x="{x + m * step:.1f}" y="{y + _BOX + 1 + _BARS - height:.1f}" '
+                f'width="{max(step - 1, 0.6):.1f}" '
                 f'height="{height:.1f}" fill="#6b7077"/>'
             )
         x += box
@@ -192,10 +207,8 @@ def _grid_parts(data: dict, width: int, y: float) -> tuple[list[str], float]:
 
 def _scale_parts(data: dict, y: float) -> tuple[list[str], float]:
     scale = data["scale"]
-    parts = [
-        f'<rect x="{10 + 3 * i}" y="{y:.1f}" width="3.2" height="10" fill="{colour_at(i / 60, tuple(scale["stops"]))}"/>'
-        for i in range(61)
-    ]
+    ramp = [colour_at(i / 60, tuple(scale["stops"])) for i in range(61)]
+    parts = [f'<rect x="{10 + 3 * i}" y="{y:.1f}" width="3.2" height="10" fill="{c}"/>' for i, c in enumerate(ramp)]
     middle = f", middle {(scale['low'] + scale['high']) / 2:g} {scale['middle']}" if scale["middle"] else ""
     text = f"{scale['unit']}: {scale['low']:.3g} to {scale['high']:.3g}{middle}"
     return [*parts, f'<text class="l" x="205" y="{y + 9:.1f}">{html.escape(text)}</text>'], y + 12

@@ -1,7 +1,8 @@
 """How far is a long computation, and how is it stopped?
 
-A `WatchedModel` is a model to every probe; before each forward it calls `tick`, which may count, or raise to stop. It takes no
-lock of its own, so other threads use the model between the forwards of a long job, and nothing is attached to the model itself.
+A `WatchedModel` is a model to every probe; before each forward it calls `tick`, which may count, or raise to stop. It
+takes no lock of its own, so other threads use the model between the forwards of a long job, and nothing is attached to
+the model itself.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What does the model write next, with the memory and without it?
 
-Greedy continuation of a text under each condition, and the first token at which they part. Cost: one forward per token and
-condition. Misleads: one early difference changes everything after it, so the length of the agreement says little about size.
+Greedy continuation of a text under each condition, and the first token at which they part. Cost: one forward per token
+and condition. Misleads: one early difference changes everything after it, so the length of the agreement says little
+about size.
 """
 
 from __future__ import annotations
@@ -43,13 +44,16 @@ def continuations(
 ) -> Continuations:
     """Continue a text greedily, with the memory and under an ablation.
 
-    Args: kind, statistics, blocks, options: see `engram_interp.hooks.ablate`; a text longer than the context loses its beginning.
+    Args: kind, statistics, blocks, options: see `engram_interp.hooks.ablate`; a text longer than the context loses its
+        beginning.
     Raises: ValueError for an empty text, steps that do not fit the context, or an ablation the model cannot have.
     """
     ids = model.tokenizer.encode(text, add_special_tokens=False).ids
     room = model.context - len(start_tokens(model)) - steps
     if not ids or not 1 <= steps <= model.context // 2:
-        raise ValueError(f"expected a text, and 1 to {model.context // 2} steps; found {len(ids)} tokens and {steps} steps")
+        raise ValueError(
+            f"expected a text, and 1 to {model.context // 2} steps; found {len(ids)} tokens and {steps} steps"
+        )
     prompt = [*start_tokens(model), *ids[-room:]]
     written = []
     for arm in range(2):

@@ -1,11 +1,12 @@
 """What does the memory change about the next token, position by position?
 
-One text is read twice, with the memory and under an ablation (`engram_interp.hooks.KINDS`, by default a write of zero), and the
-two next-token distributions are compared: change of the true next token's log-probability (with minus without, nats; positive:
-the memory helps), KL(with || without), rank of the true token, most probable tokens of both. The entry of position t is about the
-prediction of token t + 1, which is where the gate of token t acts; the last position has no true token.
-Cost: one forward and one unembedding per condition. Misleads: effects are totals, later layers may repair what was taken; zero
-is off the training distribution, so some of the harm is the shock (compare with `resample` and `equal_norm_random`).
+One text is read twice, with the memory and under an ablation (`engram_interp.hooks.KINDS`, by default a write of zero),
+and the two next-token distributions are compared: change of the true next token's log-probability (with minus without,
+nats; positive: the memory helps), KL(with || without), rank of the true token, most probable tokens of both. The entry
+of position t is about the prediction of token t + 1, which is where the gate of token t acts; the last position has no
+true token. Cost: one forward and one unembedding per condition. Misleads: effects are totals, later layers may repair
+what was taken; zero is off the training distribution, so some of the harm is the shock (compare with `resample` and
+`equal_norm_random`).
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ _ARMS = ("with", "without")
 class TokenEffects:
     """Predictions with and without a memory, axis A = (with, without).
 
-    `first` is the position of the first token covered. Units: nats; `logprob` and `rank` (1 = first choice) are of the true next token, NaN and 0 at the last position.
-    `top_ids[a, t]` are the most probable next tokens, best first, `top_logprob` their log-probabilities.
+    `first` is the position of the first token covered. Units: nats; `logprob` and `rank` (1 = first choice) are of the
+    true next token, NaN and 0 at the last position. `top_ids[a, t]` are the most probable next tokens, best first,
+    `top_logprob` their log-probabilities.
     """
 
     model: str
@@ -84,7 +86,9 @@ class TokenEffects:
 
         at = position - self.first
         if not 0 <= at < len(self.tokens):
-            raise ValueError(f"expected a position in [{self.first}, {self.first + len(self.tokens)}), found {position}")
+            raise ValueError(
+                f"expected a position in [{self.first}, {self.first + len(self.tokens)}), found {position}"
+            )
         columns: dict[str, object] = {}
         for a, arm in enumerate(_ARMS):
             columns[f"{arm} memory"] = self.top_tokens[a][at]
@@ -109,7 +113,9 @@ class TokenEffects:
             "condition": self.condition,
             "first": self.first,
             "tokens": list(self.tokens),
-            "logprob": {arm: [float(v) if np.isfinite(v) else None for v in self.logprob[a]] for a, arm in enumerate(_ARMS)},
+            "logprob": {
+                arm: [float(v) if np.isfinite(v) else None for v in self.logprob[a]] for a, arm in enumerate(_ARMS)
+            },
             "change": change,
             "kl": self.kl.tolist(),
             "provenance": self.provenance.as_dict(),
@@ -131,9 +137,9 @@ def token_effects(
 ) -> TokenEffects:
     """Compare the model with itself under an ablation, on one text.
 
-    Args: kind, blocks, branches, statistics, options: see `engram_interp.hooks.ablate`; positions: only [start, stop), the start
-        token counting as 0 (None: all); top: most probable tokens kept; limit: refuse longer texts (tokens); texts beyond the
-        context are read in overlapping windows.
+    Args: kind, blocks, branches, statistics, options: see `engram_interp.hooks.ablate`; positions: only [start, stop),
+        the start token counting as 0 (None: all); top: most probable tokens kept; limit: refuse longer texts (tokens);
+        texts beyond the context are read in overlapping windows.
     Raises: ValueError for an empty or too long text, no position in it, or an ablation the model cannot have.
     """
     pieces = list(windows(model, text, limit=limit))
@@ -151,7 +157,9 @@ def token_effects(
         own = targets[first : first + len(without)][wanted]
         parts += _compare(model, with_memory[wanted], without[wanted], own, top)
     names = show_tokens(model.tokenizer, ids[begin : stop + 1].tolist())
-    logprob, rank, kl, top_ids, top_logprob = (np.concatenate([p[i] for p in parts], axis=-1 if i < 3 else 1) for i in range(5))
+    logprob, rank, kl, top_ids, top_logprob = (
+        np.concatenate([p[i] for p in parts], axis=-1 if i < 3 else 1) for i in range(5)
+    )
     shown = tuple(tuple(tuple(show_tokens(model.tokenizer, row)) for row in arm.tolist()) for arm in top_ids)
     return TokenEffects(
         model=model.identity.name,
@@ -203,7 +211,7 @@ def _exit(model: Decoder, window: Window) -> Tensor:
 def _compare(
     model: Decoder, with_memory: Tensor, without: Tensor, targets: Tensor, top: int
 ) -> list[tuple[np.ndarray, ...]]:
-    """logprob [A, n], rank [A, n], kl [n], top ids and log-probabilities [A, n, top] for a chunk of positions at a time."""
+    """logprob [A, n], rank [A, n], kl [n], top ids and log-probabilities [A, n, top], by chunks of positions."""
     parts = []
     for start in range(0, len(targets), _CHUNK):
         chosen = slice(start, start + _CHUNK)

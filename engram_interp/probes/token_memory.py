@@ -1,9 +1,10 @@
 """What does the memory read and write at one token, and who else reads the same rows?
 
-For one position and one memory: the n-gram of every order, its row in every head with the norm of that row, and the other n-grams
-of a reference corpus that read the row; then how the write Y = u + c divides into the gated value u and the convolution c, and
-from which tokens the convolution draws (t, t - d, t - 2d, ...). Cost: one window's forward and, with a corpus, one pass over
-its n-grams per row. Misleads: sharing a row is not interference unless both n-grams train it; |u| and |c| need not add up to |Y|.
+For one position and one memory: the n-gram of every order, its row in every head with the norm of that row, and the
+other n-grams of a reference corpus that read the row; then how the write Y = u + c divides into the gated value u and
+the convolution c, and from which tokens the convolution draws (t, t - d, t - 2d, ...). Cost: one window's forward and,
+with a corpus, one pass over its n-grams per row. Misleads: sharing a row is not interference unless both n-grams train
+it; |u| and |c| need not add up to |Y|.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class RowRead:
 class TokenMemory:
     """The memory of `block` at `position`. Norms in residual units, over all branches together.
 
-    `sources` are the positions the convolution draws from, the token itself first; `corpus_tokens` is 0 without a corpus.
+    `sources` are the positions the convolution draws from, the token itself first; `corpus_tokens` is 0 without a
+    corpus.
     """
 
     model: str
@@ -85,7 +87,13 @@ class TokenMemory:
         import pandas as pd
 
         records = [
-            {"order": r.address.order, "head": r.address.head, "slot": r.address.slot, "other n-gram": text, "count": count}
+            {
+                "order": r.address.order,
+                "head": r.address.head,
+                "slot": r.address.slot,
+                "other n-gram": text,
+                "count": count,
+            }
             for r in self.rows
             for text, count in r.others
         ]
@@ -94,7 +102,10 @@ class TokenMemory:
 
     def as_dict(self) -> dict[str, object]:
         """Plain data for JSON."""
-        rows = [{**r.address.as_dict(), "ngram": r.ngram, "norm": r.norm, "others": [list(o) for o in r.others]} for r in self.rows]
+        rows = [
+            {**r.address.as_dict(), "ngram": r.ngram, "norm": r.norm, "others": [list(o) for o in r.others]}
+            for r in self.rows
+        ]
         norms = {name: getattr(self, name) for name in ("gated_norm", "conv_norm", "write_norm", "hidden_norm")}
         return {
             "model": self.model, "block": self.block, "position": self.position, "rows": rows, **norms,
@@ -103,11 +114,18 @@ class TokenMemory:
 
 
 def token_memory(
-    model: MemoryModel, text: str, position: int, *, block: int | None = None, corpus: NgramCounts | None = None, most: int = 20
+    model: MemoryModel,
+    text: str,
+    position: int,
+    *,
+    block: int | None = None,
+    corpus: NgramCounts | None = None,
+    most: int = 20,
 ) -> TokenMemory:
     """Look at one token of a text; positions count as in `read_gates`, the start token included.
 
-    Args: block: None is the first memory; corpus: n-grams counted under this memory's hash; most: other n-grams kept per row.
+    Args: block: None is the first memory; corpus: n-grams counted under this memory's hash; most: other n-grams kept
+        per row.
     Raises: ValueError for a position outside the text, an empty text, or a model or block without memory.
     """
     site = site_of(model, block)
@@ -150,11 +168,14 @@ def ngram_labels(
     site = site_of(model, block)
     of_order = ngram_windows(hash_of(site), compress(hash_of(site), ids))
     return [
-        tuple(SEPARATOR.join(ngram_parts(site, model, window.ids[t])) for window in of_order) for t in range(first, len(ids))
+        tuple(SEPARATOR.join(ngram_parts(site, model, window.ids[t])) for window in of_order)
+        for t in range(first, len(ids))
     ]
 
 
-def slot_numbers(model: MemoryModel, ids: Int64[np.ndarray, " T"], *, block: int | None = None) -> Int64[np.ndarray, "T S"]:
+def slot_numbers(
+    model: MemoryModel, ids: Int64[np.ndarray, " T"], *, block: int | None = None
+) -> Int64[np.ndarray, "T S"]:
     """The slot of every token in every head, order-major."""
     site = site_of(model, block)
     ngram_hash = hash_of(site)

@@ -1,10 +1,10 @@
 """Which number colours each token of a text, and over which range?
 
-A text is coloured by one of four quantities: `gate` (0 to 1, 0.5 is no evidence), `score` under it (signed), `write` (|Y| / |h|,
-how much was really written), `effect` (what the memory does to the next token's log-probability, signed, nats). `shown` is one
-number per token for the chosen layer: a branch, their mean, or their largest. `grid` holds every layer and branch, because no
-branch is ever the only one shown. Ranges are natural (gate) or symmetric (signed) and can be shared between two texts.
-Cost: none. Misleads: a mean over branches hides one branch that is open.
+A text is coloured by one of four quantities: `gate` (0 to 1, 0.5 is no evidence), `score` under it (signed), `write`
+(|Y| / |h|, how much was really written), `effect` (what the memory does to the next token's log-probability, signed,
+nats). `shown` is one number per token for the chosen layer: a branch, their mean, or their largest. `grid` holds every
+layer and branch, because no branch is ever the only one shown. Ranges are natural (gate) or symmetric (signed) and can
+be shared between two texts. Cost: none. Misleads: a mean over branches hides one branch that is open.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SIGNED = ("score", "effect")
 
 @dataclass(frozen=True, eq=False)
 class TokenReadings:
-    """What to draw. `grid` [rows, T] has a label and a block (-1: all) per row; `bars` [T, M] are the branches of the layer."""
+    """What to draw. `grid` [rows, T] has a label and a block (-1: all) per row; `bars` [T, M]: branches."""
 
     quantity: Quantity
     layer: int
@@ -48,7 +48,7 @@ class TokenReadings:
 
     @property
     def peak(self) -> int:
-        """Position of the largest shown value by size, the start of the text left out where it has more than one token."""
+        """Position of the largest shown value by size, the first token left out where there is more than one."""
         values = np.nan_to_num(np.abs(self.shown))
         first = 1 if len(values) > 1 else 0
         return first + int(values[first:].argmax())
@@ -76,8 +76,9 @@ def token_readings(
 ) -> TokenReadings:
     """The numbers of one picture.
 
-    Args: layer: None is the first memory; branch: which branch colours the text; effects: needed for `effect`: of all memories,
-        then of each by itself in the order of `gates.layers` (or of all only); they may cover a part of the text.
+    Args: layer: None is the first memory; branch: which branch colours the text; effects: needed for `effect`: of all
+        memories, then of each by itself in the order of `gates.layers` (or of all only); they may cover a part of the
+        text.
     Raises: ValueError for an unknown quantity, layer or branch, or effects that do not fit the text.
     """
     layer = gates.layers[0] if layer is None else layer
@@ -114,7 +115,9 @@ def _reduced(values: Float[np.ndarray, "T M"], branch: int | Literal["mean", "ma
 def _effect_readings(gates: GateMap, e: int, effects: Sequence[TokenEffects]) -> TokenReadings:
     """Of the positions the effects cover: without all memories, then without each by itself where that is given."""
     if len(effects) not in (1, 1 + len(gates.layers)):
-        raise ValueError(f"expected the effect of all memories, and of each of {list(gates.layers)} or of none; found {len(effects)}")
+        raise ValueError(
+            f"expected the effect of all memories, and of each of {list(gates.layers)} or of none; found {len(effects)}"
+        )
     part = slice(effects[0].first, effects[0].first + len(effects[0].tokens))
     if any(x.tokens != gates.tokens[part] or x.first != part.start for x in effects):
         raise ValueError("expected effects of the text whose gates these are")
@@ -122,8 +125,8 @@ def _effect_readings(gates: GateMap, e: int, effects: Sequence[TokenEffects]) ->
     labels = ("all memories", *(f"block {b} alone" for b in gates.layers))[: len(effects)]
     low, high = _range("effect", grid)
     return TokenReadings(
-        "effect", gates.layers[e], gates.tokens[part], gates.token_ids[part], grid[0], gates.gates[part, e], grid, labels,
-        (-1, *gates.layers)[: len(effects)], low, high,
+        "effect", gates.layers[e], gates.tokens[part], gates.token_ids[part], grid[0], gates.gates[part, e], grid,
+        labels, (-1, *gates.layers)[: len(effects)], low, high,
     )  # fmt: skip
 
 
@@ -183,4 +186,6 @@ def effect_grid(effects: Sequence[TokenEffects]) -> TokenReadings:
     bars = np.nan_to_num(np.abs(grid.T)) / high
     ids = np.arange(len(effects[0].tokens), dtype=np.int64)
     labels = tuple(e.condition for e in effects)
-    return TokenReadings("effect", -1, effects[0].tokens, ids, grid[0], bars, grid, labels, (-1,) * len(effects), low, high)
+    return TokenReadings(
+        "effect", -1, effects[0].tokens, ids, grid[0], bars, grid, labels, (-1,) * len(effects), low, high
+    )

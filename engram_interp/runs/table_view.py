@@ -1,7 +1,7 @@
 """How are tables and configurations of several runs put side by side?
 
-An estimate is a numeric column `x` with `x_low` and `x_high` beside it; a row is named by its text columns. Cost: none. Misleads
-when runs of different texts or models share a chart: read the manifests.
+An estimate is a numeric column `x` with `x_low` and `x_high` beside it; a row is named by its text columns. Cost: none.
+Misleads when runs of different texts or models share a chart: read the manifests.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from engram_interp.hooks.ablation import KINDS
 from engram_interp.hooks.optimal import fit_optimal_constants
 from engram_interp.hooks.statistics import MemoryStatistics, collect_memory_statistics
+from engram_interp.models.protocol import MemoryModel
 from engram_interp.probes.ablation import Condition, ablation_effects, interaction, summarise
 from engram_interp.probes.tasks import Task
 from engram_interp.runs import texts_hash
@@ -30,9 +31,7 @@ def ablation_plan(context: Context, conditions: Sequence[Condition]) -> Plan:
 
     @lru_cache(maxsize=1)
     def statistics(seed: int) -> MemoryStatistics:
-        fitted = collect_memory_statistics(model, texts, seed=seed)
-        needs_optimal = any(c.kind == "optimal" for c in conditions)
-        return fit_optimal_constants(model, texts[:_OPTIMAL_TEXTS], fitted) if needs_optimal else fitted
+        return fitted_statistics(model, texts, conditions, seed)
 
     def make(task: Task, seed: int) -> Callable[[], pd.DataFrame]:
         def shard() -> pd.DataFrame:
@@ -49,6 +48,16 @@ def ablation_plan(context: Context, conditions: Sequence[Condition]) -> Plan:
     shards = tuple(Shard("items", f"seed{s}-{t.name}", make(t, s)) for s in config.seeds for t in tasks[s])
     read = [f"{item}" for s in config.seeds for t in tasks[s] for item in t.items]
     return Plan(shards, hashlib.sha256((texts_hash(texts) + texts_hash(read)).encode()).hexdigest())
+
+
+def fitted_statistics(
+    model: MemoryModel, texts: Sequence[str], conditions: Sequence[Condition], seed: int
+) -> MemoryStatistics:
+    """What the conditions need to know about the memory; constants are fitted only for `optimal`."""
+    fitted = collect_memory_statistics(model, texts, seed=seed)
+    if any(c.kind == "optimal" for c in conditions):
+        return fit_optimal_constants(model, texts[:_OPTIMAL_TEXTS], fitted)
+    return fitted
 
 
 def _seeded(condition: Condition, seed: int) -> Condition:

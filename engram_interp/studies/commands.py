@@ -14,9 +14,9 @@ from pathlib import Path
 
 from pydantic import Field
 
-from engram_interp.hooks.statistics import collect_memory_statistics
 from engram_interp.models.registry import load
-from engram_interp.probes.ablation import Condition, ablation_effects, default_conditions
+from engram_interp.probes.ablation import DEFAULT_KINDS, Condition, ablation_effects, default_conditions
+from engram_interp.studies.ablation import fitted_statistics, known_kinds
 from engram_interp.studies.config import StudyConfig, load_study_config
 from engram_interp.studies.program import Study, run
 from engram_interp.studies.texts import fit_texts, study_tasks
@@ -50,9 +50,13 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> int:
 
 
 class AblateConfig(StudyConfig):
-    """Tasks and conditions; without conditions the default family of `probes.ablation`."""
+    """Tasks, `conditions`, and `kinds` taken jointly and per block; with neither, the default family of kinds.
+
+    The configuration of `remove_engram` is one of these.
+    """
 
     conditions: tuple[Condition, ...] = Field(())
+    kinds: tuple[str, ...] = Field(())
 
 
 def run_ablate(
@@ -67,9 +71,10 @@ def run_ablate(
     if data is not None:
         settings = settings.model_copy(update={"data": data})
     opened = load(model)
-    conditions = list(settings.conditions) or default_conditions(opened)
+    kinds = settings.kinds or (() if settings.conditions else DEFAULT_KINDS)
+    conditions = [*settings.conditions, *default_conditions(opened, known_kinds(kinds))]
     seed = settings.seeds[0]
-    statistics = collect_memory_statistics(opened, fit_texts(settings), seed=seed)
+    statistics = fitted_statistics(opened, fit_texts(settings), conditions, seed)
     tasks = study_tasks(settings, opened, seed)
     effects = ablation_effects(
         opened,
