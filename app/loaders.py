@@ -42,6 +42,20 @@ def model_choices() -> dict[str, Path]:
     return choices
 
 
+def partners(name: str) -> list[str]:
+    """The other models a model can be compared with: those with its tokenizer, as far as files show."""
+    from engram_interp.models.checkpoint import TOKENIZER
+
+    choices = model_choices()
+
+    def content(directory: Path) -> bytes | None:
+        file = directory / TOKENIZER
+        return file.read_bytes() if file.is_file() else None
+
+    own = content(choices[name])
+    return [other for other, path in choices.items() if other != name and content(path) in (own, None)]
+
+
 def runs_directory() -> Path | None:
     """The folder of run folders: the one named at the start, else `runs` where the server was started."""
     named = _arguments().runs

@@ -41,19 +41,19 @@ class View:
     pinned: str | None
 
 
-def text_input(label: str = "Text") -> str:
+def text_input(page: str) -> str:
     """The text box with its gallery; the text survives a change of page and is in the address."""
     state = st.session_state
     if "text" not in state:
         state["text"] = _from_address("text", "t") or DEFAULT_TEXT
         state["pinned"] = _from_address("pin", "p")
-    if "text_box" not in state:  # a widget's own value does not survive a change of page
-        state["text_box"] = state["text"]
+    if "text_box" not in state or state.get("text_page") != page:  # a widget's value does not survive a change of page
+        state["text_box"], state["text_page"] = state["text"], page
     left, right = st.columns([1, 3], vertical_alignment="top")
     with left:
         st.selectbox("Example", [_OWN_WORDS, *loaders.gallery_texts()], key="example", on_change=_use_example)
     with right:
-        st.text_area(label, key="text_box", height=100, placeholder="Type or paste a text")
+        st.text_area("Text", key="text_box", height=100, placeholder="Type or paste a text")
     text = state["text"] = state["text_box"]
     _to_address("text", "t", text if text != DEFAULT_TEXT else None)
     _to_address("pin", "p", state.get("pinned"))

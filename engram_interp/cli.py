@@ -238,7 +238,9 @@ def _write(result: Any, out: Path | None) -> None:
 
 
 @app.command
-def tokenize(files: Positional[tuple[Path, ...]], *, out: Path, tokenizer: Path, vocab_size: int = 8192, held_out: bool = False) -> int:
+def tokenize(
+    files: Positional[tuple[Path, ...]], *, out: Path, tokenizer: Path, vocab_size: int = 8192, held_out: bool = False
+) -> int:
     """Turn corpus files (.jsonl, .jsonl.zst) into a token file; learn the tokenizer first if it does not exist.
 
     Args:
@@ -367,13 +369,21 @@ def evaluate(
 
 
 @app.command
-def card(config: Positional[Path], *, data: Path | None = None, items: int = 2000, out: Path | None = None) -> int:
+def card(
+    config: Positional[Path],
+    *,
+    data: Path | None = None,
+    items: int = 2000,
+    articles: int | None = None,
+    out: Path | None = None,
+) -> int:
     """Evaluate the model a training configuration made and write its model card.
 
     Args:
         config: The training configuration; its `out` holds the checkpoint.
         data: Evaluation data; the bundled gallery if absent.
         items: Items per task at the most.
+        articles: Held-out articles at the most.
         out: The file to write; printed if absent.
     """
     from engram_interp.models.registry import load
@@ -382,7 +392,7 @@ def card(config: Positional[Path], *, data: Path | None = None, items: int = 200
     from engram_interp.training.config import load_train_config
 
     settings = load_train_config(config)
-    evaluation = run_suite(load(settings.out), data, limit=items, progress=sys.stderr.isatty())
+    evaluation = run_suite(load(settings.out), data, limit=items, articles=articles, progress=sys.stderr.isatty())
     text = model_card(settings, evaluation, str(config))
     if out is None:
         _print(text)
@@ -392,7 +402,9 @@ def card(config: Positional[Path], *, data: Path | None = None, items: int = 200
 
 
 @app.command
-def findings(*, pair: str = "mini", out: Path = Path("runs/findings"), items: int = 400, seed: int = 0, json: bool = False) -> int:
+def findings(
+    *, pair: str = "mini", out: Path = Path("runs/findings"), items: int = 400, seed: int = 0, json: bool = False
+) -> int:
     """Ask the paper's questions of a pair: paper, here, null, rule and verdict, kept as a run folder.
 
     Args:
@@ -410,7 +422,10 @@ def findings(*, pair: str = "mini", out: Path = Path("runs/findings"), items: in
         _json([vars(row) for row in found.rows])
         return 0
     for row in found.rows:
-        _print(f"{row.verdict.upper()}: {row.claim}", *(f"  {k:6}{getattr(row, k)}" for k in ("paper", "here", "null", "rule")))
+        _print(
+            f"{row.verdict.upper()}: {row.claim}",
+            *(f"  {k:6}{getattr(row, k)}" for k in ("paper", "here", "null", "rule")),
+        )
     _print(f"run folder: {out}")
     return 0
 
@@ -431,9 +446,14 @@ def bench(model: Positional[Model] = "mini-engram", *, batch: int = 8, rounds: i
     opened, tables = load(model), []
     for threads in sorted({1, len(os.sched_getaffinity(0))}):
         result = time_candidates(opened, batch=batch, rounds=rounds, threads=threads)
-        tables.append({"threads": threads, "matrix_gflops": result.matrix_gflops, "rows": result.table().to_dict("records")})
+        tables.append(
+            {"threads": threads, "matrix_gflops": result.matrix_gflops, "rows": result.table().to_dict("records")}
+        )
         if not json:
-            _print(f"{threads} thread(s), {result.matrix_gflops:.0f} GFLOP/s bare fp32 products", result.table().to_string(index=False))
+            _print(
+                f"{threads} thread(s), {result.matrix_gflops:.0f} GFLOP/s bare fp32 products",
+                result.table().to_string(index=False),
+            )
     if json:
         _json(tables)
     return 0

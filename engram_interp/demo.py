@@ -55,14 +55,18 @@ def run_demo(text: str) -> int:
     from engram_interp.probes.gates import read_gates
 
     console, pair, sentences = Console(highlight=False), load_pair("mini"), load_gallery()
-    console.print("[bold]When does the memory speak?[/] (gate of every token, dark 0 to bright 1; 0.5 means no evidence)")
+    console.print(
+        "[bold]When does the memory speak?[/] (gate of every token, dark 0 to bright 1; 0.5 means no evidence)"
+    )
     reading = read_gates(pair.engram, text)
     for label, line in terminal_strips(reading.tokens, reading.layers, reading.gates):
         console.print(f"{label}  ", line, sep="")
     console.print()
     console.print(_gate_table(record_gates(pair.engram, sentences, progress=True), len(sentences)))
     console.print(_loss_table(gallery_losses(pair, sentences)))
-    console.print("Small models trained for this project; the numbers describe these checkpoints, not the published ones.")
+    console.print(
+        "Small models trained for this project; the numbers describe these checkpoints, not the published ones."
+    )
     return 0
 
 

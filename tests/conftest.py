@@ -124,9 +124,7 @@ def _shared_models_stay_as_they_were(request: pytest.FixtureRequest) -> Iterator
         assert not model.training, f"this test left {name} in training mode"
 
 
-def random_model(
-    tokenizer: Tokenizer, name: str, *, routed_experts: int, memory: bool, seed: int = 20
-) -> HouseModel:
+def random_model(tokenizer: Tokenizer, name: str, *, routed_experts: int, memory: bool, seed: int = 20) -> HouseModel:
     """A small model in which every parameter is random, so that nothing under test is zero or one by accident."""
     import torch
 

@@ -68,6 +68,7 @@ def strip(at, number: int = 0) -> dict:
 
 def finish_job(at, button: int = 0):
     """Click the start button and wait for the job to end."""
+    assert at.button, [e.value for e in at.error] + [c.value for c in at.code]
     at.button[button].click().run()
     for _ in range(300):
         if not any("Cancel" in b.label for b in at.button):

@@ -200,7 +200,7 @@ def test_strip_data_is_plain_and_says_where_it_peaks(tiny_engram):
     assert "2-gram" in data["hover"][5] and "gate by branch" in data["hover"][5] and "slots" in data["hover"][5]
     with pytest.raises(ValueError, match="one entry per token"):
         strip_data(
-            ["a"], np.zeros(1), np.zeros((1, 2)), np.zeros((1, 1)), ["row"], low=0, high=1, unit="x", hover=["a", "b"]
+            ["a"], np.zeros(1), np.zeros((1, 2)), np.zeros((1, 1)), ["row"], low=0.0, high=1.0, unit="x", hover=["a", "b"]
         )
 
 

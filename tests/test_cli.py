@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from engram_interp.models.checkpoint import save_model
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,8 +17,8 @@ from engram_interp.memory.address import (
     compress,
     windows,
 )
-from engram_interp.memory.ngram_counts import count_ngrams, readers_of_slot
 from engram_interp.memory.in_memory_rows import InMemoryRows
+from engram_interp.memory.ngram_counts import count_ngrams, readers_of_slot
 from engram_interp.memory.row_reader import RowIndexError, TableError
 from engram_interp.models.house import HouseModel
 from engram_interp.probes.collisions import slot_collisions

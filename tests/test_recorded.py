@@ -335,7 +335,7 @@ def test_a_missing_file_is_one_line(
         (lambda stem: np.savez(stem.with_name("run_a.npz"), input_ids=np.array([{}])), "without pickled objects"),
         (lambda stem: edit(stem, "engram", seed="0"), "expected an integer under 'seed', found '0'"),
         (lambda stem: edit(stem, "engram", layer_ids=[]), "expected a list of integers under 'layer_ids'"),
-        (lambda stem: edit(stem, "engram", engram_vocab_size=[97]), "expected one engram_vocab_size per order"),
+        (lambda stem: edit(stem, "engram", engram_vocab_size=[97]), "expected an engram_vocab_size per order"),
         (lambda stem: edit(stem, "engram", pad_id=10**6), "expected a pad_id in"),
         (lambda stem: edit(stem, "engram", layer_ids=[1, 9]), "expected an array 'L9.multipliers'"),
         (lambda stem: edit(stem, "backbone", hc_mult=3), "layer 1, hidden_in: expected shape"),

@@ -33,7 +33,7 @@ def show() -> None:
     """The page."""
     st.title(QUESTION)
     name = st.session_state["model"]
-    text = state.text_input()
+    text = state.text_input(QUESTION)
     if not text.strip():
         st.info("Type a text above, or choose an example.")
         return

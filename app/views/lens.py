@@ -35,10 +35,9 @@ def read(_model, weights: str, texts: tuple[str, ...]) -> LensResult:  # noqa: A
 def show() -> None:
     """The page."""
     st.title(QUESTION)
-    names = list(loaders.model_choices())
     first = st.session_state["model"]
-    others = ["none", *(name for name in names if name != first)]
-    text = state.text_input()
+    others = ["none", *loaders.partners(first)]
+    text = state.text_input(QUESTION)
     with st.container(horizontal=True, gap="medium"):
         chosen = [name for name in ("mini-moe", "mini-engram", *others[1:]) if name in others]
         state.forget_unless("baseline", others)

@@ -20,9 +20,9 @@ def show() -> None:
     """The page."""
     st.title(QUESTION)
     name = st.session_state["model"]
-    others = [other for other in loaders.model_choices() if other != name]
+    others = loaders.partners(name)
     if not others:
-        st.info("This question needs a second model. Start the dashboard with `--model DIRECTORY` for a baseline.")
+        st.info("This needs a second model with the same tokenizer. Start the dashboard with `--model DIRECTORY` for one.")
         return
     with st.container(horizontal=True, gap="medium"):
         state.forget_unless("baseline", others)

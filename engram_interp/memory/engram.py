@@ -149,10 +149,8 @@ class Engram(nn.Module):
         """SiLU of the causal, dilated, depthwise convolution of RMSNorm(u)."""
         normed = rms_normalise(gated_value, self.conv_norm, self.options.conv_eps)
         length = normed.shape[1]
-        if state is None:
-            history = nn.functional.pad(normed, (0, 0, 0, 0, self.conv_history, 0))
-        else:
-            history = state.extend_conv(normed)
+        silence = (0, 0, 0, 0, self.conv_history, 0)
+        history = nn.functional.pad(normed, silence) if state is None else state.extend_conv(normed)
         taps = [
             history[:, tap * self.dilation : tap * self.dilation + length] * self.conv[..., tap]
             for tap in range(self.options.conv_kernel)

@@ -35,7 +35,7 @@ _LAZY = {
     "soft_alignment": "measure.alignment",
     "train_tuned_lens": "probes.tuned_lens",
 }
-__all__ = sorted(_LAZY)
+__all__ = [*_LAZY]
 
 
 def __getattr__(name: str) -> object:

@@ -27,7 +27,8 @@ def run_cka(
 ) -> int:
     """Compare two models on the texts of a file (one per line, or .jsonl), or on the bundled gallery, whose entities are marked.
 
-    Args: positions: by default `entity_final` on the gallery and `one_per_document` on a file; out: write the result here too (`.json`, `.html` for the figure, `.csv` for the cells).
+    Args: positions: by default `entity_final` on the gallery and `one_per_document` on a file; out: write the result
+        here too (`.json`, `.html` for the figure, `.csv` for the cells).
     Raises: ValueError for an empty text file, `entity_final` on plain texts, or whatever `cka_heatmap` refuses.
     """
     from engram_interp.gallery import load_gallery

@@ -15,6 +15,7 @@ import heapq
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -101,7 +102,11 @@ class GateStatistics:
 
         rows = []
         for s in self.summaries:
-            for name, estimate in {"all": s.mean, **s.strata, **{f"count {k}": v for k, v in s.by_count.items()}}.items():
+            for name, estimate in {
+                "all": s.mean,
+                **s.strata,
+                **{f"count {k}": v for k, v in s.by_count.items()},
+            }.items():
                 gap = s.difference.get(name)
                 rows.append(
                     {
@@ -160,19 +165,15 @@ def record_gates(
         raise ValueError("expected at least one text, found none")
     layers = _require_memory(model)
     counts = _count_ngrams(model, layers[0], reference) if reference is not None else None
-    branches = None
-    tally = splits = None
+    branches = model.engram(layers[0]).options.branches  # type: ignore[attr-defined]
+    tally = _Tally(np.zeros((len(layers), branches, BINS), dtype=np.int64))
+    splits = [_SplitSums() for _ in layers]
     for index, item in enumerate(_progress(texts, progress)):
         text = item.text if isinstance(item, GallerySentence) else item
         reading = _read(model, text, layers)
-        if tally is None or splits is None:
-            branches = reading.gates.shape[2]
-            tally = _Tally(np.zeros((len(layers), branches, BINS), dtype=np.int64))
-            splits = [_SplitSums() for _ in layers]
         _add(tally, reading, index, text, item, model, counts, top)
         for sums, parts in zip(splits, reading.splits, strict=True):
             sums.add(*parts)
-    assert tally is not None and splits is not None and branches is not None  # noqa: S101 - texts is not empty
     plain = [t.text if isinstance(t, GallerySentence) else t for t in texts]
     return GateStatistics(
         summaries=tuple(_summary(tally, layers, e, m) for e in range(len(layers)) for m in range(branches)),
@@ -188,7 +189,7 @@ def record_gates(
     )
 
 
-def _progress(items: Sequence, show: bool) -> Iterable:  # noqa: FBT001
+def _progress(items: Sequence, show: bool) -> Iterable:
     if not show:
         return items
     from tqdm import tqdm
@@ -217,10 +218,13 @@ def _read(model: MemoryModel, text: str, layers: tuple[int, ...]) -> _Reading:
         logits, cache = model.run_with_cache(window.tokens, [*names, *conv])
         parts.append(_window_reading(model, window.tokens, keep, layers, logits, cache))
     joined = [np.concatenate([getattr(p, f) for p in parts]) for f in ("ids", "gates", "loss", "mixes")]
-    return _Reading(*joined, [tuple(torch.cat(t) for t in zip(*s, strict=True)) for s in zip(*(p.splits for p in parts), strict=True)])  # type: ignore[arg-type]
+    return _Reading(
+        *joined,
+        [tuple(torch.cat(t) for t in zip(*s, strict=True)) for s in zip(*(p.splits for p in parts), strict=True)],
+    )  # type: ignore[arg-type]
 
 
-def _window_reading(model, tokens, keep: slice, layers: tuple[int, ...], logits, cache) -> _Reading:  # noqa: ANN001, PLR0913
+def _window_reading(model, tokens, keep: slice, layers: tuple[int, ...], logits, cache) -> _Reading:  # noqa: ANN001
     gates = np.stack([cache[f"blocks.{i}.engram.hook_gate"][0, keep].float().numpy() for i in layers], axis=1)
     loss = torch.nn.functional.cross_entropy(logits[0, :-1].float(), tokens[0, 1:], reduction="none")
     loss = torch.cat([loss, loss.new_full((1,), torch.nan)])[keep].numpy()
@@ -268,7 +272,7 @@ class _SplitSums:
     def finish(self, layer: int, model: MemoryModel) -> WriteSplit:
         engram = model.engram(layer)
         kernel = engram.options.conv_kernel  # type: ignore[attr-defined]
-        assert self.taps is not None  # noqa: S101 - at least one text was added
+        assert self.taps is not None
         total = self.taps.sum()
         shares = self.taps / total if total > 0 else np.zeros_like(self.taps)
         norms = np.sqrt(self.gated * self.conv)
@@ -295,7 +299,7 @@ def _strata(item: str | GallerySentence, model: MemoryModel, length: int) -> dic
     return strata
 
 
-def _add(tally, reading: _Reading, index: int, text: str, item, model: MemoryModel, counts, top: int) -> None:  # noqa: ANN001, PLR0913
+def _add(tally, reading: _Reading, index: int, text: str, item, model: MemoryModel, counts, top: int) -> None:  # noqa: ANN001
     gates = reading.gates
     tally.tokens += len(gates)
     tally.texts += 1
@@ -317,7 +321,7 @@ def _add(tally, reading: _Reading, index: int, text: str, item, model: MemoryMod
 def _count_bins() -> list[tuple[float, float, str]]:
     """First count, first count beyond, label."""
     edges = [*map(float, COUNT_EDGES), math.inf]
-    return [(low, high, _count_label(low, high)) for low, high in zip(edges, edges[1:], strict=False)]
+    return [(low, high, _count_label(low, high)) for low, high in pairwise(edges)]
 
 
 def _count_label(low: float, high: float) -> str:
@@ -329,7 +333,7 @@ def _count_label(low: float, high: float) -> str:
 def _correlation(gates: np.ndarray, loss: np.ndarray) -> np.ndarray:
     """Pearson correlation of gate and next-token loss within one text, NaN below 8 tokens or without variance."""
     known = np.isfinite(loss)
-    if known.sum() < 8:  # noqa: PLR2004
+    if known.sum() < 8:
         return np.full(gates.shape[1:], np.nan)
     g = gates[known].astype(np.float64)
     g -= g.mean(0)
@@ -347,7 +351,9 @@ def _keep_strongest(tally: _Tally, reading: _Reading, index: int, model: MemoryM
                 gate = float(column[position])
                 if len(heap) == top and gate <= heap[0][0]:
                     break
-                context = "".join(show_tokens(model.tokenizer, reading.ids[max(0, position - 8) : position + 1].tolist()))
+                context = "".join(
+                    show_tokens(model.tokenizer, reading.ids[max(0, position - 8) : position + 1].tolist())
+                )
                 entry = (gate, index, int(position), context)
                 heapq.heappush(heap, entry) if len(heap) < top else heapq.heapreplace(heap, entry)
 
@@ -376,7 +382,7 @@ def _summary(tally: _Tally, layers: tuple[int, ...], e: int, m: int) -> GateSumm
 def _mean(values: Float[np.ndarray, " texts"]) -> Estimate:
     """Mean over the texts that have the stratum; each text counts once."""
     known = values[np.isfinite(values)].astype(np.float64)
-    if len(known) < 2:  # noqa: PLR2004
+    if len(known) < 2:
         return not_estimable("fewer than 2 texts", len(known))
     return mean_interval(known)
 

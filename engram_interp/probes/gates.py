@@ -94,7 +94,11 @@ class GateMap:
 
         Raises: ValueError for another suffix.
         """
-        forms = {".html": self.html, ".csv": lambda: self.table().to_csv(index=False), ".json": lambda: json.dumps(self.as_dict())}
+        forms = {
+            ".html": self.html,
+            ".csv": lambda: self.table().to_csv(index=False),
+            ".json": lambda: json.dumps(self.as_dict()),
+        }
         if path.suffix not in forms:
             raise ValueError(f"expected a file ending in {', '.join(forms)}, found {path.name!r}")
         path.write_text(forms[path.suffix](), encoding="utf-8")

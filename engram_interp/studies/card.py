@@ -42,7 +42,9 @@ def model_card(config: TrainConfig, evaluation: Evaluation, config_path: str) ->
         "trained positions": f"{config.steps * config.tokens_per_step:,} in {config.steps} steps of {config.tokens_per_step}",
         "optimiser": f"AdamW {config.betas}, peak rate {config.learning_rate:g}, {config.warmup_steps} warm-up steps, cosine to "
         f"{config.final_lr_fraction:g} of it, weight decay {config.weight_decay:g}, gradient clipped at {config.clip_norm:g}",
-        "table": f"rate x {config.table_lr_factor:g}, no decay, start N(0, {config.table_std:g})" if model.engram else "none",
+        "table": f"rate x {config.table_lr_factor:g}, no decay, start N(0, {config.table_std:g})"
+        if model.engram
+        else "none",
         "load-balance weight": f"{config.balance_weight:g}",
         "seed": f"{config.seed} (weights and order of the data)",
         "weights": "bfloat16, safetensors; opened in float32",

@@ -64,13 +64,15 @@ class Findings:
         return pd.DataFrame([vars(row) for row in self.rows])
 
 
-def find(pair: Pair, sentences: Sequence[GallerySentence] | None = None, *, items: int = 400, seed: int = 0) -> Findings:
+def find(
+    pair: Pair, sentences: Sequence[GallerySentence] | None = None, *, items: int = 400, seed: int = 0
+) -> Findings:
     """Ask every question of the paper's section 6 of a pair, on the gallery and generated tasks."""
     sentences = list(sentences or load_gallery())
     gates = record_gates(pair.engram, sentences)
     readings = [logit_lens_kl(model, sentences) for model in (pair.engram, pair.moe, pair.moe_control)]
     lens, lens_null = compare_lens(readings[0], readings[1]), compare_lens(readings[1], readings[2])
-    cka = cka_heatmap(pair.engram, pair.moe, sentences, control=pair.moe_control, permutations=200, seed=seed)
+    cka = cka_heatmap(pair.engram, pair.moe, sentences, control=pair.moe_control, permutations=60, seed=seed)
     fit = [s.text for s in sentences if s.category == "control"] or [s.text for s in sentences]
     statistics = collect_memory_statistics(pair.engram, fit, seed=seed)  # sentences without entities are not scored
     names = ("gallery_entity", "gallery_phrase", "induction")
@@ -129,9 +131,9 @@ def _cka_finding(cka: CKAHeatmap) -> Finding:
         "section 6.1.2, figure 4b: a_5 = 12.2 of 30 layers; no null",
         f"a_j (k = {first.k}) {_numbers(first.index)}; profile match {_numbers(first.depth)}",
         f"baseline against its other seed, a_j {_numbers(first.null_index)}",
-        "the shift beyond the null excludes 0 simultaneously over layers, in every seed pair; "
-        + (f"deeper at layers {deeper}" if deeper else "no layer passes"),
-        "supported" if deeper else "refused" if not allowed else "not supported",
+        "at more than half of the layers the shift beyond the null excludes 0, simultaneously over layers and in every "
+        f"seed pair; it does at layers {deeper}",
+        "supported" if len(deeper) > len(cka.columns) / 2 else "not supported" if allowed else "refused",
     )
 
 
@@ -174,7 +176,9 @@ def _change(row) -> str:  # noqa: ANN001
 def _kept(row) -> str:  # noqa: ANN001
     if np.isnan(row.retained_above_chance):
         return "not estimable"
-    return f"{row.retained_above_chance:.0%} [{row.retained_above_chance_low:.0%}, {row.retained_above_chance_high:.0%}]"
+    return (
+        f"{row.retained_above_chance:.0%} [{row.retained_above_chance_low:.0%}, {row.retained_above_chance_high:.0%}]"
+    )
 
 
 def run_findings(pair: Pair, out: Path, *, items: int = 400, seed: int = 0) -> Findings:
