@@ -91,7 +91,9 @@ def _show_gates(result) -> None:  # noqa: ANN001
 
     console = Console(highlight=False)
     console.print(f"{result.model}: gate of every token, dark 0 to bright 1; 0.5 means no evidence")
-    for label, line in terminal_strips(result.tokens, result.layers, result.gates):
+    for label, line in terminal_strips(
+        result.tokens, result.layers, result.gates, colour=console.color_system is not None
+    ):
         console.print(f"\n{label}")
         console.print(line)
 

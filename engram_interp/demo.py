@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,10 +60,12 @@ def run_demo(text: str) -> int:
         "[bold]When does the memory speak?[/] (gate of every token, dark 0 to bright 1; 0.5 means no evidence)"
     )
     reading = read_gates(pair.engram, text)
-    for label, line in terminal_strips(reading.tokens, reading.layers, reading.gates):
+    for label, line in terminal_strips(
+        reading.tokens, reading.layers, reading.gates, colour=console.color_system is not None
+    ):
         console.print(f"{label}  ", line, sep="")
     console.print()
-    console.print(_gate_table(record_gates(pair.engram, sentences, progress=True), len(sentences)))
+    console.print(_gate_table(record_gates(pair.engram, sentences, progress=sys.stderr.isatty()), len(sentences)))
     console.print(_loss_table(gallery_losses(pair, sentences)))
     console.print(
         "Small models trained for this project; the numbers describe these checkpoints, not the published ones."

@@ -200,7 +200,15 @@ def test_strip_data_is_plain_and_says_where_it_peaks(tiny_engram):
     assert "2-gram" in data["hover"][5] and "gate by branch" in data["hover"][5] and "slots" in data["hover"][5]
     with pytest.raises(ValueError, match="one entry per token"):
         strip_data(
-            ["a"], np.zeros(1), np.zeros((1, 2)), np.zeros((1, 1)), ["row"], low=0.0, high=1.0, unit="x", hover=["a", "b"]
+            ["a"],
+            np.zeros(1),
+            np.zeros((1, 2)),
+            np.zeros((1, 1)),
+            ["row"],
+            low=0.0,
+            high=1.0,
+            unit="x",
+            hover=["a", "b"],
         )
 
 
@@ -218,7 +226,9 @@ def test_lens_map_marks_memories_and_names_choices(tiny_engram):
 def test_continuations_are_greedy_and_say_where_they_part(tiny_engram):
     written = continuations(tiny_engram, TEXT, kind="resample", steps=5, statistics=statistics(tiny_engram))
     tokens = tiny_engram.to_tokens(TEXT)
-    first = tiny_engram(tokens)[0, -1].argmax()
+    logits = tiny_engram(tokens)[0, -1]
+    logits[:3] = -torch.inf  # <bos>, <eos>, <pad> are never written
+    first = logits.argmax()
     assert written.with_memory[0] == tiny_engram.tokenizer.decode([int(first)], skip_special_tokens=False)
     same = next((i for i in range(5) if written.with_memory[i] != written.without[i]), None)
     assert written.parted == same

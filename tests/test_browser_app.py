@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -36,7 +37,7 @@ if CHROMIUM is None and os.environ.get("ENGRAM_REQUIRE_BROWSER") != "1":
         allow_module_level=True,
     )
 
-from playwright.sync_api import Browser, Page, sync_playwright  # noqa: E402 - only where there is a browser
+from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright  # noqa: E402 - only where there is a browser
 
 from engram_interp.app_launcher import app_command, app_environment  # noqa: E402
 from engram_interp.models.checkpoint import save_model  # noqa: E402
@@ -114,7 +115,7 @@ def tab(browser: Browser, server: str):
             "request",
             lambda r: outside.append(r.url) if urlsplit(r.url).hostname not in ("127.0.0.1", None, "") else None,
         )
-        page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
+        page.on("console", lambda m: complaints.append(f"{m.text} {m.location}") if complains(m) else None)
         page.on("pageerror", lambda e: complaints.append(str(e)))
         page.goto(f"{server}/{path}?model=tiny-engram&text={quote(text)}" + ("&baseline=tiny-moe" if path else ""))
         return page
@@ -124,6 +125,12 @@ def tab(browser: Browser, server: str):
         context.close()
     assert not outside, f"asked of other machines: {outside}"
     assert not complaints, f"console errors: {complaints}"
+
+
+def complains(message: ConsoleMessage) -> bool:
+    """Any error but Streamlit's own two questions below a page's path, which it asks again at the root."""
+    asked = urlsplit(message.location.get("url", "")).path
+    return message.type == "error" and not re.fullmatch(r"/\w+/_stcore/(health|host-config)", asked)
 
 
 def tokens_of(page: Page) -> list[str]:

@@ -36,7 +36,7 @@ def found(pair, tmp_path_factory):
 
 def test_random_models_support_no_claim(found):
     verdicts = {row.claim: row.verdict for row in found[0].rows}
-    assert len(verdicts) == 5
+    assert len(verdicts) == 6
     assert "supported" not in verdicts.values(), verdicts
 
 
@@ -58,9 +58,11 @@ def _gates(estimate):
 
 def test_the_gate_rule_is_corrected_for_the_number_of_gates():
     clear = Estimate(0.2, 0.15, 0.25, 0.025, 50)
-    assert findings._gate_finding(_gates(clear)).verdict == "supported"
+    assert findings._gate_finding(_gates(clear), "entity-final", "a name").verdict == "supported"
     opposite = replace(clear, value=-0.2, low=-0.25, high=-0.15)
-    assert findings._gate_finding(_gates(opposite)).verdict == "opposite"
+    assert findings._gate_finding(_gates(opposite), "entity-final", "a name").verdict == "opposite"
     barely = Estimate(0.053, 0.003, 0.103, 0.025, 50)
     assert barely.excludes(0)
-    assert findings._gate_finding(_gates(barely)).verdict == "not supported", "one of two tests at 95 % is not 95 %"
+    assert findings._gate_finding(_gates(barely), "entity-final", "a name").verdict == "not supported", (
+        "one of two tests at 95 % is not 95 %"
+    )

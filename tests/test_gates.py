@@ -92,6 +92,8 @@ def test_strip_shows_every_layer_and_branch_and_its_ink_can_be_read():
     strips = terminal_strips(["a", " b", "c"], [1, 5], gates)
     assert [label for label, _ in strips] == [f"block {b} · branch {m}" for b in (1, 5) for m in (0, 1)]
     assert all(line.plain == "a·bc" for _, line in strips)
+    numbers = terminal_strips(["a", " b", "c"], [1, 5], gates, colour=False)
+    assert numbers[3][1].plain == "a 0.27 ·b 0.64 c 1.00"
     for value in np.linspace(0, 1, 21):
         assert _contrast(cividis(value), ink(cividis(value))) >= 4.5
 

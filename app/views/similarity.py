@@ -22,7 +22,9 @@ def show() -> None:
     name = st.session_state["model"]
     others = loaders.partners(name)
     if not others:
-        st.info("This needs a second model with the same tokenizer. Start the dashboard with `--model DIRECTORY` for one.")
+        st.info(
+            "This needs a second model with the same tokenizer. Start the dashboard with `--model DIRECTORY` for one."
+        )
         return
     with st.container(horizontal=True, gap="medium"):
         state.forget_unless("baseline", others)

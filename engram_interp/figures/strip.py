@@ -37,19 +37,31 @@ def ink(colour: tuple[int, int, int]) -> str:
 
 
 def terminal_strips(
-    tokens: Sequence[str], layers: Sequence[int], gates: Float[np.ndarray, "T E M"]
+    tokens: Sequence[str], layers: Sequence[int], gates: Float[np.ndarray, "T E M"], *, colour: bool = True
 ) -> list[tuple[str, Text]]:
-    """A coloured line of text per layer and branch: every gate, none selected."""
+    """A line of text per layer and branch: every gate, none selected.
+
+    Args: colour: background by gate; without it (a file, a pipe) every token carries its number.
+    """
+    flat = gates.reshape(len(tokens), -1)
+    line = _coloured if colour else _numbered
+    return [(label, line(tokens, flat[:, row])) for row, label in enumerate(row_labels(layers, gates.shape[2]))]
+
+
+def _coloured(tokens: Sequence[str], gates: Float[np.ndarray, " T"]) -> Text:
     from rich.text import Text
 
-    strips = []
-    for row, label in enumerate(row_labels(layers, gates.shape[2])):
-        line = Text()
-        for token, gate in zip(tokens, gates.reshape(len(tokens), -1)[:, row], strict=True):
-            colour = cividis(float(gate))
-            line.append(show(token), style=f"{ink(colour)} on rgb({colour[0]},{colour[1]},{colour[2]})")
-        strips.append((label, line))
-    return strips
+    line = Text()
+    for token, gate in zip(tokens, gates, strict=True):
+        colour = cividis(float(gate))
+        line.append(show(token), style=f"{ink(colour)} on rgb({colour[0]},{colour[1]},{colour[2]})")
+    return line
+
+
+def _numbered(tokens: Sequence[str], gates: Float[np.ndarray, " T"]) -> Text:
+    from rich.text import Text
+
+    return Text(" ".join(f"{show(token)} {gate:.2f}" for token, gate in zip(tokens, gates, strict=True)))
 
 
 def strip_html(tokens: Sequence[str], gates: Float[np.ndarray, " T"]) -> str:

@@ -1,8 +1,8 @@
 """What does the model write next, with the memory and without it?
 
-Greedy continuation of a text under each condition, and the first token at which they part. Cost: one forward per token
-and condition. Misleads: one early difference changes everything after it, so the length of the agreement says little
-about size.
+Greedy continuation of a text under each condition, special tokens left out, and the first token at which they part.
+Cost: one forward per token and condition. Misleads: one early difference changes everything after it, so the length of
+the agreement says little about size.
 """
 
 from __future__ import annotations
@@ -55,12 +55,16 @@ def continuations(
             f"expected a text, and 1 to {model.context // 2} steps; found {len(ids)} tokens and {steps} steps"
         )
     prompt = [*start_tokens(model), *ids[-room:]]
+    special = torch.tensor(
+        [i for i, t in model.tokenizer.get_added_tokens_decoder().items() if t.special], dtype=torch.int64
+    )
     written = []
     for arm in range(2):
         tokens = list(prompt)
         for _ in range(steps):
             change = ablate(model, kind, blocks=blocks, statistics=statistics, **options) if arm else nullcontext()
             with change, torch.no_grad():
-                tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+                logits = model(torch.tensor([tokens]))[0, -1]
+                tokens.append(int(logits.index_fill(0, special, -torch.inf).argmax()))
         written.append(tuple(show_tokens(model.tokenizer, tokens[len(prompt) :])))
     return Continuations(kind, *written)

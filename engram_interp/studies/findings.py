@@ -78,19 +78,26 @@ def find(
     names = ("gallery_entity", "gallery_phrase", "induction")
     tasks = load_tasks(names, pair.engram.tokenizer, limit=items, seed=seed)
     ablation = ablation_effects(pair.engram, tasks, default_conditions(pair.engram), statistics=statistics, seed=seed)
-    rows = (_gate_finding(gates), _lens_finding(lens, lens_null), _cka_finding(cka), *_ablation_findings(ablation))
+    rows = (
+        _gate_finding(gates, "entity-final", "a name"),
+        _gate_finding(gates, "phrase-final", "a set phrase"),
+        _lens_finding(lens, lens_null),
+        _cka_finding(cka),
+        *_ablation_findings(ablation),
+    )
     return Findings(rows, gates, lens, lens_null, cka, ablation)
 
 
-def _gate_finding(gates: GateStatistics) -> Finding:
+def _gate_finding(gates: GateStatistics, stratum: str, what: str) -> Finding:
     tests = len(gates.summaries)
-    gaps = [(s.layer, s.branch, _at_level(s.difference["entity-final"], 1 - 0.05 / tests)) for s in gates.summaries]
-    up, down = (sum(sign(g) > 0 for _, _, g in gaps) for sign in (lambda g: g.low, lambda g: -g.high))
+    gaps = [(s.layer, s.branch, _at_level(s.difference[stratum], 1 - 0.05 / tests)) for s in gates.summaries]
+    up = sum(gap.low > 0 for _, _, gap in gaps)
+    down = sum(gap.high < 0 for _, _, gap in gaps)
     return Finding(
-        "The gate opens where a name or set phrase is complete",
+        f"The gate opens at the last token of {what}",
         "section 6.5: shown on chosen sentences and gates, no statistics",
         "; ".join(f"block {layer} branch {branch} {gap}" for layer, branch, gap in gaps),
-        "0: gate at the last token of an entity minus the gate elsewhere in the sentence",
+        f"0: gate at the last token of {what} minus the gate in the rest of the sentence",
         f"every one of the {tests} intervals (together 95 %) lies above 0; opposite if every one lies below",
         "supported" if up == tests else "opposite" if down == tests else "not supported",
     )

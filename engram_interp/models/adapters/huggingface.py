@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import cast
+from typing import cast, no_type_check
 
 import torch
 from pydantic import ValidationError
@@ -34,6 +34,7 @@ _TIED = "lm_head.weight"  # one tensor with the embedding: not stored
 _REFUSED = ("device_map", "quantization_config", "state_dict", "gguf_file", "adapter_name", "revision")
 
 
+@no_type_check  # transformers lets __init__ take more keywords than the fields its signature shows to a type checker
 class EngramHouseConfig(PreTrainedConfig):
     """The fields of `ModelConfig` under transformers' rules; `engram` is a dictionary or None."""
 
@@ -47,8 +48,6 @@ class EngramHouseConfig(PreTrainedConfig):
         "intermediate_size": "expert_width",
         "num_experts": "routed_experts",
         "num_experts_per_tok": "active_experts",
-        "bos_token_id": "bos_id",
-        "pad_token_id": "pad_id",
     }
     name: str = ""
     vocab_size: int = 0
@@ -65,13 +64,16 @@ class EngramHouseConfig(PreTrainedConfig):
     norm_eps: float = 1e-6
     bos_id: int = 0
     pad_id: int = 2
+    bos_token_id: int | None = None  # transformers' names for the two ids above
+    pad_token_id: int | None = None
     engram: dict | None = None
     tie_word_embeddings: bool = True
 
     @classmethod
     def of(cls, config: ModelConfig) -> EngramHouseConfig:
         """The same configuration for transformers."""
-        return cls(architectures=["EngramHouseForCausalLM"], **config.model_dump(mode="json"))
+        ids = {"bos_token_id": config.bos_id, "pad_token_id": config.pad_id}
+        return cls(architectures=["EngramHouseForCausalLM"], **ids, **config.model_dump(mode="json"))
 
     def house_config(self) -> ModelConfig:
         """The same configuration for `HouseModel`.
@@ -142,7 +144,7 @@ class EngramHouseForCausalLM(PreTrainedModel):
         dtype: torch.dtype | str | None = None,
         **options: object,
     ) -> EngramHouseForCausalLM:
-        """Open an exported directory in float32, ready for inference (no gradients).
+        """Open an exported directory in float32, in evaluation mode, with gradients as transformers opens any model.
 
         Args: options: what transformers passes along (`attn_implementation`, `token`, ...); it changes nothing here.
         Raises: CheckpointError for anything missing, extra, misshaped, truncated or unknown; ValueError for an option
@@ -156,11 +158,11 @@ class EngramHouseForCausalLM(PreTrainedModel):
         directory = Path(directory)
         if not (directory / checkpoint.CONFIG).is_file():
             raise CheckpointError(f"{directory}: expected a local directory with {checkpoint.CONFIG}, found none")
-        config = config or EngramHouseConfig.from_pretrained(directory)
+        config = config or _read_config(directory)
         model = cls(config, _house(directory, config.house_config()))
         state = checkpoint.read_tensors(directory / checkpoint.WEIGHTS, _stored(model))
         model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=False)  # all but the tie
-        return model.eval().requires_grad_(False)
+        return model.eval()
 
 
 def export_huggingface(model: HouseModel, directory: Path) -> None:
@@ -191,6 +193,13 @@ def register_huggingface() -> None:
 
     AutoConfig.register(EngramHouseConfig.model_type, EngramHouseConfig, exist_ok=True)
     AutoModelForCausalLM.register(EngramHouseConfig, EngramHouseForCausalLM, exist_ok=True)
+
+
+def _read_config(directory: Path) -> EngramHouseConfig:
+    try:
+        return EngramHouseConfig.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{directory / checkpoint.CONFIG}: damaged ({error})") from None
 
 
 def _house(directory: Path, config: ModelConfig) -> HouseModel:

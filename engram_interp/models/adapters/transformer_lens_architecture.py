@@ -18,6 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformer_lens.factories.architecture_adapter_factory import (
+    SUPPORTED_ARCHITECTURES,
+    ArchitectureAdapterFactory,
+)
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
@@ -119,6 +123,19 @@ class EngramHouseArchitectureAdapter(ArchitectureAdapter):
         }
 
 
+def register_architecture() -> None:
+    """Let `TransformerBridge.boot_transformers(directory)` open exported models; calling it again changes nothing.
+
+    The entry point alone serves `build_bridge_from_module`: booting looks an architecture up in TransformerLens's own
+    list before it reads entry points.
+    """
+    register_huggingface()
+    ArchitectureAdapterFactory.discover_entry_points()
+    if ARCHITECTURE not in ArchitectureAdapterFactory._adapters:  # a checkout that is not installed
+        ArchitectureAdapterFactory.register_adapter(ARCHITECTURE, EngramHouseArchitectureAdapter)
+    SUPPORTED_ARCHITECTURES.setdefault(ARCHITECTURE, EngramHouseArchitectureAdapter)
+
+
 def open_bridge(directory: Path) -> TransformerBridge:
     """A `TransformerBridge` of a directory written by `export_huggingface`.
 
@@ -127,6 +144,7 @@ def open_bridge(directory: Path) -> TransformerBridge:
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
     from transformers import AutoTokenizer
 
+    register_architecture()
     model = EngramHouseForCausalLM.from_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     return build_bridge_from_module(
