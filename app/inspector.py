@@ -63,7 +63,7 @@ def _with_and_without(view: View, token: int, window: tuple[int, int]) -> None:
 def _memory(view: View, token: int) -> TokenMemory:
     model = loaders.model(view.model)
     weights = model.identity.weights_sha256
-    counts = loaders.corpus_counts(model, weights, view.layer, (*loaders.gallery_texts(), view.text))
+    counts = loaders.corpus_counts(model, weights, view.layer, tuple(loaders.gallery_texts()))
     return token_memory(model, view.text, token, block=view.layer, corpus=counts)
 
 
@@ -81,10 +81,8 @@ def _memory_read(view: View, gates: GateMap, memory: TokenMemory) -> None:
 
 def _collisions(memory: TokenMemory) -> None:
     st.caption(
-        f"{memory.shared} of {len(memory.rows)} rows are also read by other n-grams of the reference corpus: the "
-        "bundled gallery "
-        f"and this text, {memory.corpus_tokens} tokens. A larger corpus would show more; the Memory page counts one "
-        "of yours."
+        f"{memory.shared} of {len(memory.rows)} rows are also read by other n-grams of the bundled gallery "
+        f"({memory.corpus_tokens} tokens). A larger corpus would show more; the Memory page counts one of yours."
     )
     frame = memory.sharing()
     if len(frame):

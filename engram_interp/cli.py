@@ -149,12 +149,12 @@ def lens(
         out: Write the figure (.html) or the table (.csv) here.
         json: Print the curves and their difference as JSON.
     """
-    from engram_interp.models.adapters.opening import open_model
+    from engram_interp.models.adapters.opening import open_decoder
     from engram_interp.probes.lens import logit_lens_kl
     from engram_interp.probes.lens_comparison import compare_lens
 
     corpus = _texts(texts)
-    result = compare_lens(logit_lens_kl(open_model(engram), corpus), logit_lens_kl(open_model(moe), corpus))
+    result = compare_lens(logit_lens_kl(open_decoder(engram), corpus), logit_lens_kl(open_decoder(moe), corpus))
     _write(result, out)
     if json:
         _json(result.as_dict())
@@ -346,13 +346,13 @@ def evaluate(
         seed: Seed of everything drawn.
         json: Print the scores as JSON.
     """
-    from engram_interp.models.adapters.opening import open_model
+    from engram_interp.models.adapters.opening import open_decoder
     from engram_interp.studies.evaluation import compare_evaluations
     from engram_interp.studies.evaluation import evaluate as run_suite
 
     names = [model] if against is None else [model, against]
     options = {"limit": items, "articles": articles, "seed": seed, "progress": sys.stderr.isatty()}
-    results = [run_suite(open_model(name), data, **options) for name in names]
+    results = [run_suite(open_decoder(name), data, **options) for name in names]
     if data is None:
         print("no --data: bundled gallery and generated tasks only", file=sys.stderr)
     for name in results[0].missing:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from engram_interp.memory import CompressedVocabulary, assign_primes
-from engram_interp.models.adapters.opening import kind_of, open_model
+from engram_interp.models.adapters.opening import kind_of, open_decoder, open_model
 from engram_interp.models.adapters.tensors import AdapterError
 from engram_interp.models.check import check_model, run_check
 from engram_interp.models.checkpoint import CheckpointError, save_model
@@ -98,6 +98,20 @@ def test_a_house_checkpoint_is_recognised(tiny_engram: HouseModel, tokenizer: To
     assert torch.equal(model(tokens), tiny_engram(tokens))
     with pytest.raises(AdapterError, match="needs no base model"):
         open_model(tmp_path, base=tmp_path)
+
+
+def test_a_decoder_needs_its_backbone(tiny_engram: HouseModel, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    whole, memories = tmp_path / "whole", tmp_path / "memories"
+    whole.mkdir()
+    memories.mkdir()
+    save_model(tiny_engram, tokenizer, whole, torch.float32)
+    tokens = torch.tensor([[5, 9, 30]])
+    assert torch.equal(open_decoder(whole)(tokens), tiny_engram(tokens))
+    write_demo(memories, tokenizer, PREFIXES[0])
+    with pytest.raises(AdapterError, match=r"with its backbone.*found only the memories of .* in blocks \[1, 4\]"):
+        open_decoder(memories)
+    with pytest.raises(AdapterError, match="needs no base model"):
+        open_decoder(whole, base=whole)
 
 
 def test_an_unknown_directory_lists_what_was_looked_for(tmp_path: Path) -> None:

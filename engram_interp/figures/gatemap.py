@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from jaxtyping import Float
@@ -60,7 +60,8 @@ def gate_strata_figure(table: pd.DataFrame) -> go.Figure:
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    for row, ((layer, branch), part) in enumerate(table.groupby(["layer", "branch"])):
+    for row, (key, part) in enumerate(table.groupby(["layer", "branch"])):
+        layer, branch = cast("tuple[int, int]", key)
         figure.add_scatter(
             x=part["stratum"],
             y=part["mean"],

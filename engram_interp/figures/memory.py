@@ -5,7 +5,7 @@ rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from jaxtyping import Int64
@@ -48,7 +48,7 @@ def load_figure(table: pd.DataFrame, *, title: str) -> go.Figure:
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    means = table.groupby(["order", "load"])[["observed", "expected"]].mean().reset_index()
+    means = cast("pd.DataFrame", table.groupby(["order", "load"])[["observed", "expected"]].mean()).reset_index()
     for i, (order, rows) in enumerate(means.groupby("order")):
         colour = _COLOURS[i % len(_COLOURS)]
         figure.add_bar(x=rows["load"], y=rows["observed"], name=f"{order}-grams", marker_color=colour)
@@ -122,7 +122,11 @@ def lookup_figure(table: pd.DataFrame, tokens: Sequence[str], *, title: str) -> 
     figure.update_layout(
         title=f"What does the memory hold for this text? {title}",
         height=140 + 22 * len(labels),
-        xaxis={"tickvals": list(norms.columns), "ticktext": [show(tokens[i]) for i in norms.columns], "tickangle": -60},
+        xaxis={
+            "tickvals": list(norms.columns),
+            "ticktext": [show(tokens[int(i)]) for i in norms.columns],
+            "tickangle": -60,
+        },
         yaxis={"autorange": "reversed"},
     )
     return figure

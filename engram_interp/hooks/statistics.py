@@ -59,9 +59,9 @@ class _Sums:
 
     def __init__(self, rows: int | None) -> None:
         self.count = 0
-        self.write: Tensor | float = 0.0
-        self.gate: Tensor | float = 0.0
-        self.embedding: Tensor | float = 0.0
+        self.write: Tensor = torch.zeros(())
+        self.gate: Tensor = torch.zeros(())
+        self.embedding: Tensor = torch.zeros(())
         self.norm = 0.0
         self.donors: list[Tensor] = []
         self.use = None if rows is None else torch.zeros(rows, dtype=torch.int64)

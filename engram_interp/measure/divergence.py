@@ -108,7 +108,8 @@ def top1_agreement(final: Float[Tensor, "n v"], layer: Float[Tensor, "n v"]) -> 
 
     Raises: ValueError naming the first non-finite token.
     """
-    log_probabilities(final), log_probabilities(layer)
+    for logits in (final, layer):
+        log_probabilities(logits)
     return final.argmax(-1) == layer.argmax(-1)
 
 

@@ -111,7 +111,7 @@ def windows(ngram_hash: NgramHash, compressed: Int64[np.ndarray, " T"]) -> tuple
         source = positions[:, None] - np.array(ngram_hash.lags(order)[::-1])
         inside = source >= start[:, None]
         ids = np.where(inside, compressed[source.clip(0)], ngram_hash.pad)
-        found.append(Windows(order, ids, inside.all(1)))
+        found.append(Windows(order, ids, np.all(inside, axis=1)))
     return tuple(found)
 
 

@@ -185,10 +185,10 @@ def plain_slots(site: EngramSite, tokens: Int64[np.ndarray, "B T"]) -> Int64[np.
     """The address of every slot by the definition, one at a time in Python's integers."""
     window = len(site.multipliers) - 1
     slots = np.empty((*tokens.shape, site.slots), dtype=np.int64)
-    for text, row in zip(slots, site.vocabulary.token_map[tokens].tolist(), strict=True):
+    for b, row in enumerate(site.vocabulary.token_map[tokens].tolist()):
         for t in range(len(row)):
-            text[t] = [mix % prime for mix, primes in zip(_mixes(site, row, t, window), site.primes, strict=True)
-                       for prime in primes]  # fmt: skip
+            slots[b, t] = [mix % prime for mix, primes in zip(_mixes(site, row, t, window), site.primes, strict=True)
+                           for prime in primes]  # fmt: skip
     return slots
 
 

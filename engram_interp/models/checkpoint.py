@@ -32,7 +32,7 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be loaded or saved; the message names what was expected and what was found."""
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file, flush it and put it in place; on any failure the old file stays whole."""
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)

@@ -34,8 +34,15 @@ class ModelIdentity:
 class TokenisedModel(Protocol):
     """Enough to turn a text into ids: what a memory opened without its backbone can still do."""
 
-    identity: ModelIdentity
-    tokenizer: Tokenizer
+    @property
+    def identity(self) -> ModelIdentity:
+        """Which model this is."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer the model was trained with."""
+        ...
 
     def to_tokens(self, text: str) -> Int64[Tensor, "1 T"]:
         """Encode one text as the model was trained to see it."""

@@ -35,7 +35,7 @@ _LAZY = {
     "soft_alignment": "measure.alignment",
     "train_tuned_lens": "probes.tuned_lens",
 }
-__all__ = [*_LAZY]
+__all__ = list(_LAZY)  # pyright: ignore[reportUnsupportedDunderAll] - the names exist on first use
 
 
 def __getattr__(name: str) -> object:

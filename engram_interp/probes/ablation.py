@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import Field
@@ -149,7 +149,7 @@ def _check(tasks: Sequence[Task], conditions: Sequence[Condition]) -> None:
 
 
 def _enter(model: Decoder, condition: Condition, statistics: MemoryStatistics | None):  # noqa: ANN202
-    options: Mapping[str, object] = condition.options
+    options: dict[str, Any] = condition.options
     return ablate(
         model, condition.kind, blocks=condition.blocks, branches=condition.branches, statistics=statistics, **options
     )
@@ -181,7 +181,7 @@ def summarise(items: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 
     rows = []
     for task, frame in items.groupby("task", sort=False):
-        full = frame[frame["condition"] == FULL]
+        full = frame.loc[frame["condition"] == FULL]
         for label, ablated in frame.groupby("condition", sort=False):
             if label != FULL:
                 rows.append({"task": task, "condition": label, **_summary(full, ablated, seed)})
@@ -192,7 +192,8 @@ def _summary(full: pd.DataFrame, ablated: pd.DataFrame, seed: int) -> dict[str, 
     if full["item"].tolist() != ablated["item"].tolist():
         raise ValueError("expected the same items in the same order under every condition")
     a, b = ({k: f[k].to_numpy(dtype=float) for k in ("correct", "logprob", "kl", "tokens")} for f in (full, ablated))
-    groups, chance = full["group"].to_numpy(dtype=str), float(full["chance"].mean())
+    groups = full["group"].to_numpy(dtype=str)
+    chance = float(full["chance"].mean())  # pyright: ignore[reportArgumentType] - pandas: the mean of a column is a number
     kept = retained_fraction(a["correct"], b["correct"], groups, rng=np.random.default_rng(seed), chance=chance)
     paired = partial(paired_difference, groups=groups, rng=np.random.default_rng(seed))
     estimates = {
@@ -206,7 +207,7 @@ def _summary(full: pd.DataFrame, ablated: pd.DataFrame, seed: int) -> dict[str, 
         "kl": mean_interval(b["kl"], groups),
     }
     head = {"family": full["family"].iloc[0], "items": len(full), "groups": len(set(groups)), "chance": chance}
-    return head | {"reason": kept.corrected.reason} | _columns(estimates)
+    return {**head, "reason": kept.corrected.reason, **_columns(estimates)}
 
 
 def _columns(estimates: Mapping[str, Estimate]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -197,7 +197,7 @@ def _attribute(
         wanted = torch.cat([tokens[0, 1:], logits[0, -1:].argmax(-1)])
     other = _ids(against, tokens.shape[1], model.vocab_size, "against")
     direction = _direction(model, cache, wanted, other)
-    stack, labels = cache.decompose_resid(return_labels=True)
+    stack, labels = cast("tuple[Tensor, list[str]]", cache.decompose_resid(return_labels=True))
     logit = logits[0].gather(1, wanted[:, None]).squeeze(1)
     if other is not None:
         logit = logit - logits[0].gather(1, other[:, None]).squeeze(1)

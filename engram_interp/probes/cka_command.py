@@ -29,10 +29,11 @@ def run_cka(
 
     Args: positions: by default `entity_final` on the gallery and `one_per_document` on a file; out: write the result
         here too (`.json`, `.html` for the figure, `.csv` for the cells).
-    Raises: ValueError for an empty text file, `entity_final` on plain texts, or whatever `cka_heatmap` refuses.
+    Raises: ValueError for an empty text file, `entity_final` on plain texts, a memory without its backbone, or whatever
+        `cka_heatmap` refuses.
     """
     from engram_interp.gallery import load_gallery
-    from engram_interp.models.adapters.opening import open_model
+    from engram_interp.models.adapters.opening import open_decoder
     from engram_interp.probes.similarity import cka_heatmap
 
     _require_suffix(out)
@@ -40,8 +41,8 @@ def run_cka(
     if texts is not None and positions == "entity_final":
         raise ValueError("a plain text file marks no entities: use positions one_per_document or all, or the gallery")
     positions = positions or ("entity_final" if texts is None else "one_per_document")
-    models = (open_model(engram), open_model(baseline))
-    other = open_model(control) if control else None
+    models = (open_decoder(engram), open_decoder(baseline))
+    other = open_decoder(control) if control else None
     result = cka_heatmap(*models, lines, positions, control=other, k=k, permutations=permutations, seed=seed)
     summary = [f"CKA of {result.matrix.n} rows, {result.matrix.documents} documents, {positions}"]
     summary += [result.depths().to_string(index=False, float_format="%.2f")]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ def continuations(
     steps: int = 16,
     statistics: MemoryStatistics | None = None,
     blocks: tuple[int, ...] | None = None,
-    **options: object,
+    **options: Any,
 ) -> Continuations:
     """Continue a text greedily, with the memory and under an ablation.
 

@@ -217,11 +217,14 @@ def _read(model: MemoryModel, text: str, layers: tuple[int, ...]) -> _Reading:
         conv = [n for i in layers if (n := f"blocks.{i}.engram.hook_conv_out") in model.hook_dict]
         logits, cache = model.run_with_cache(window.tokens, [*names, *conv])
         parts.append(_window_reading(model, window.tokens, keep, layers, logits, cache))
-    joined = [np.concatenate([getattr(p, f) for p in parts]) for f in ("ids", "gates", "loss", "mixes")]
-    return _Reading(
-        *joined,
-        [tuple(torch.cat(t) for t in zip(*s, strict=True)) for s in zip(*(p.splits for p in parts), strict=True)],
-    )  # type: ignore[arg-type]
+    ids, gates, loss, mixes = (
+        np.concatenate([getattr(p, f) for p in parts]) for f in ("ids", "gates", "loss", "mixes")
+    )
+    splits = []
+    for layer in zip(*(p.splits for p in parts), strict=True):
+        gated, conv, energy = (torch.cat(t) for t in zip(*layer, strict=True))
+        splits.append((gated, conv, energy))
+    return _Reading(ids, gates, loss, mixes, splits)
 
 
 def _window_reading(model, tokens, keep: slice, layers: tuple[int, ...], logits, cache) -> _Reading:  # noqa: ANN001

@@ -81,11 +81,11 @@ class LensComparison:
             for layer in self.layers:
                 for arm, band in ((self.models[0], part.a), (self.models[1], part.b), ("difference", part.difference)):
                     interval = {"mean": band.mean[layer], "low": band.low[layer], "high": band.high[layer]}
-                    rows.append(counts | {"arm": arm, "what": self.quantity, "layer": layer} | interval)
+                    rows.append({**counts, "arm": arm, "what": self.quantity, "layer": layer, **interval})
             for what in ("auc", "auc_normalised", "settling"):
                 estimate: Estimate = getattr(part, what)
                 interval = {"mean": estimate.value, "low": estimate.low, "high": estimate.high}
-                rows.append(counts | {"arm": "difference", "what": what, "layer": pd.NA} | interval)
+                rows.append({**counts, "arm": "difference", "what": what, "layer": pd.NA, **interval})
         return pd.DataFrame(rows)
 
     def figure(self, stratum: str | None = None) -> go.Figure:
@@ -171,7 +171,7 @@ def _require_comparable(a: LensResult, b: LensResult) -> None:
 
 
 def _usable(a: LensResult, b: LensResult, quantity: str) -> Bool[np.ndarray, " N"]:
-    return np.isfinite(a.values(quantity)).all(0) & np.isfinite(b.values(quantity)).all(0)
+    return np.all(np.isfinite(a.values(quantity)), axis=0) & np.all(np.isfinite(b.values(quantity)), axis=0)
 
 
 def _compare(a: LensResult, b: LensResult, mask: np.ndarray, quantity: str, seed: int) -> StratumComparison:
@@ -179,13 +179,13 @@ def _compare(a: LensResult, b: LensResult, mask: np.ndarray, quantity: str, seed
     groups = a.document[mask]
     x, y = (r.values(quantity)[:, mask].T for r in (a, b))
     bands = [simultaneous_band(v, groups, rng=np.random.default_rng(seed)) for v in (x, y, x - y)]
-    areas = [r.values("kl")[:-1, mask].sum(0) for r in (a, b)]
-    settled = [r.settling_depth[mask].astype(np.float64) for r in (a, b)]
+    area, other_area = areas = [r.values("kl")[:-1, mask].sum(0) for r in (a, b)]
+    settled, other_settled = (r.settling_depth[mask].astype(np.float64) for r in (a, b))
     return StratumComparison(
         *bands,
-        auc=paired_difference(*areas, groups, rng=np.random.default_rng(seed)),
+        auc=paired_difference(area, other_area, groups, rng=np.random.default_rng(seed)),
         auc_normalised=_normalised(areas, [r.unigram_kl[mask] for r in (a, b)], groups, seed),
-        settling=paired_difference(*settled, groups, rng=np.random.default_rng(seed)),
+        settling=paired_difference(settled, other_settled, groups, rng=np.random.default_rng(seed)),
         tokens=int(mask.sum()),
         documents=len(np.unique(groups)),
     )

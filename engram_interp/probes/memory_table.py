@@ -249,7 +249,9 @@ def read_slot(
     vector = site.rows.read(np.array([row], dtype=np.int64))
     value = _values(site, address, vector)
     promoted, suppressed = _promotions(model, site, address, value, top, seed) if vocab else ((), ())
-    options = {"block": site.block, "row": row, "top": top, "seed": seed, "control_rows": _CONTROL_ROWS}
+    options: dict[str, object] = {
+        "block": site.block, "row": row, "top": top, "seed": seed, "control_rows": _CONTROL_ROWS,
+    }  # fmt: skip
     return SlotReading(
         model=model.identity.name,
         address=address,

@@ -185,7 +185,7 @@ def patch_memory(
     rows = [row(stage, b, p[0], [p]) for stage, b in names for p in places]
     rows += [row(stage, b, ALL, places) for stage, b in names]
     rows += [row(stage, ALL, ALL, places) for stage in what] if len(sites) > 1 else []
-    frame = pd.DataFrame(rows)[["stage", "block", "position", "token", "gap", "effect", "closed"]]
+    frame = pd.DataFrame(rows).loc[:, ["stage", "block", "position", "token", "gap", "effect", "closed"]]
     provenance = _provenance(model, [clean, corrupted, *answers], {"what": list(what), "direction": direction})
     return PatchEffects(model.identity.name, direction, tokens, base_gap, source_gap, frame, provenance)
 

@@ -58,7 +58,7 @@ class EditSpecificity:
         total = len(self.positions) + self.untouched
         rows = []
         for reached in CLASSES:
-            frame = self.positions[self.positions["reached"] == reached]
+            frame = self.positions.loc[self.positions["reached"] == reached]
             count = len(frame) + (self.untouched if reached == "untouched" else 0)
             kl, low, high = _mean(frame)
             largest = float(frame["kl"].max()) if len(frame) else 0.0
@@ -77,8 +77,9 @@ def _mean(frame: pd.DataFrame) -> tuple[float, float, float]:
     """Mean KL with its interval over texts; no interval from a single text."""
     if not len(frame):
         return float("nan"), float("nan"), float("nan")
-    if frame["text"].nunique() < 2:
-        return float(frame["kl"].mean()), float("nan"), float("nan")
+    if len(set(frame["text"])) < 2:
+        mean = float(frame["kl"].mean())  # pyright: ignore[reportArgumentType] - pandas: the mean of a column is a number
+        return mean, float("nan"), float("nan")
     estimate = mean_interval(frame["kl"].to_numpy(dtype=float), frame["text"].to_numpy())
     return estimate.value, estimate.low, estimate.high
 
@@ -126,7 +127,8 @@ def _follow(
         after, edited = model.run_with_cache(tokens, writes)
     p, q = (x[0].float().log_softmax(-1) for x in (before, after))
     kl = (p.exp() * (p - q)).sum(-1)
-    change = sum((edited[w] - cache[w])[0].float().flatten(1).norm(dim=1) for w in writes)
+    norms = ((edited[w] - cache[w])[0].float().flatten(1).norm(dim=1) for w in writes)
+    change = sum(norms, start=torch.zeros(()))
     most = torch.stack(list(shared.values())).amax(0)
     reached = _classes(model, shared)
     orders = [Site(model, block).memory.ngram_hash for block in overlay.edits]  # type: ignore[attr-defined]

@@ -40,12 +40,12 @@ WEIGHTS, DESCRIPTION = "tuned_lens.safetensors", "tuned_lens.json"
 class TunedLensConfig(StrictModel):
     """How a tuned lens is trained. `rows` tokens per step; `held_out` share of the texts, never trained on."""
 
-    steps: int = Field(250, ge=1)
-    rows: int = Field(128, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
-    held_out: float = Field(0.1, gt=0, lt=1)
-    held_out_rows: int = Field(512, ge=1)
-    evaluations: int = Field(10, ge=2)
+    steps: int = Field(default=250, ge=1)
+    rows: int = Field(default=128, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    held_out: float = Field(default=0.1, gt=0, lt=1)
+    held_out_rows: int = Field(default=512, ge=1)
+    evaluations: int = Field(default=10, ge=2)
 
 
 class _Description(StrictModel):

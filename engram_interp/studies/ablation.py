@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from engram_interp.hooks.ablation import KINDS
 from engram_interp.hooks.optimal import fit_optimal_constants
@@ -86,7 +86,7 @@ def interaction_table(items: pd.DataFrame, conditions: Sequence[Condition]) -> p
 
 def first_seed(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of the first seed: what a figure shows (tables hold every seed)."""
-    return table[table["seed"] == table["seed"].iloc[0]]
+    return table.loc[table["seed"] == table["seed"].iloc[0]]
 
 
 def headline(table: pd.DataFrame, conditions: Sequence[str]) -> tuple[str, ...]:
@@ -100,7 +100,8 @@ def _line(row: pd.Series) -> str:
     def interval(name: str) -> str:
         return f"{row[name]:.3f} [{row[name + '_low']:.3f}, {row[name + '_high']:.3f}]"
 
-    kept = "not estimable" if row["reason"] else interval("retained_above_chance")
+    reason = cast("str | None", row["reason"])
+    kept = "not estimable" if reason else interval("retained_above_chance")
     change = interval("change_logprob")
     return f"{row['task']:18} {row['condition']:28} retained above chance {kept:26} change of log p {change}"
 

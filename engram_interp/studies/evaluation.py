@@ -218,7 +218,7 @@ def compare_evaluations(a: Evaluation, b: Evaluation, *, seed: int = 0) -> pd.Da
 
     rows = []
     for task in a.scores:
-        first, second = (e.items[e.items["task"] == task] for e in (a, b))
+        first, second = (e.items.loc[e.items["task"] == task] for e in (a, b))
         if first["item"].tolist() != second["item"].tolist():
             raise ValueError(f"{task}: expected both models on the same items, found different ones")
         for quantity, (x, y) in _paired_columns(task, first, second).items():

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from scipy import stats
@@ -151,10 +151,10 @@ def _numbers(values: np.ndarray) -> str:
 def _ablation_findings(ablation: AblationEffects) -> list[Finding]:
     table = ablation.table()
     joint = table[~table["condition"].str.contains("@ block")]
-    drop = {(r.task, r.condition): r for r in joint.itertuples()}
+    rows: list[Any] = list(joint.itertuples())  # named tuples with the fields of the table
+    drop = {(r.task, r.condition): r for r in rows}
     entity, induction = drop["gallery_entity", "output_zero"], drop["induction", "output_zero"]
     content = [drop["gallery_entity", c] for c in ("hash_permute", "equal_norm_random", "mlp_zero")]
-    worse = entity.change_logprob_high < induction.change_logprob_low
     return [
         Finding(
             "Removing the memory hurts what is stored more than what is in the prompt",
@@ -162,8 +162,9 @@ def _ablation_findings(ablation: AblationEffects) -> list[Finding]:
             f"change of log p, output zeroed: entity completion {_change(entity)}, induction {_change(induction)}; "
             f"kept above chance {_kept(entity)} and {_kept(induction)}",
             "0 for a memory that does nothing",
-            "the intervals of the two changes do not overlap and entities lose more",
-            "supported" if worse and entity.change_logprob_high < 0 else "not supported",
+            "entities lose more, and the intervals do not overlap; refused when either score cannot be told from chance, "
+            "since an ability that is not there cannot be spared",
+            _selective_verdict(entity, induction),
         ),
         Finding(
             "It is the content of the rows that counts",
@@ -174,6 +175,12 @@ def _ablation_findings(ablation: AblationEffects) -> list[Finding]:
             "supported" if content[0].change_logprob_high < min(0, content[2].change_logprob_low) else "not supported",
         ),
     ]
+
+
+def _selective_verdict(stored, prompted) -> Verdict:  # noqa: ANN001
+    if np.isnan(stored.retained_above_chance) or np.isnan(prompted.retained_above_chance):
+        return "refused"
+    return "supported" if stored.change_logprob_high < min(0, prompted.change_logprob_low) else "not supported"
 
 
 def _change(row) -> str:  # noqa: ANN001

@@ -194,8 +194,12 @@ class HuggingFaceDecoder(_Adapted, HookedRootModule):
 
     @contextmanager
     def hooks(
-        self, fwd_hooks: list[tuple[str, Callable]] = (), bwd_hooks: list[tuple[str, Callable]] = ()
-    ) -> Iterator[object]:  # type: ignore[assignment,override]
+        self,
+        fwd_hooks: Sequence[tuple[str | Callable, Callable]] = (),
+        bwd_hooks: Sequence[tuple[str | Callable, Callable]] = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Iterator[HuggingFaceDecoder]:
         """Attach hooks for the duration of a `with`, holding the lock.
 
         Raises: KeyError with near matches for a name that is no hook point.
@@ -203,7 +207,7 @@ class HuggingFaceDecoder(_Adapted, HookedRootModule):
         for name, _ in (*fwd_hooks, *bwd_hooks):
             if isinstance(name, str):
                 matching_hooks(self.hook_dict, name)
-        with self.lock, super().hooks(list(fwd_hooks), list(bwd_hooks)):
+        with self.lock, super().hooks(list(fwd_hooks), list(bwd_hooks), reset_hooks_end, clear_contexts):
             yield self
 
     def run_with_cache(  # type: ignore[override]

@@ -266,7 +266,7 @@ class HostedModel(HookedMemory):
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.vocab_size:
             raise ValueError(f"expected token ids in [0, {self.vocab_size}), found {low if low < 0 else high}")
-        padding = self.tokenizer.padding
+        padding = self._require_tokenizer().padding
         if padding is not None and self.sites:
             pads = tokens == padding["pad_id"]
             if bool((pads[:, 0] & ~pads.all(dim=1)).any()):

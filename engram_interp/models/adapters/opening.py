@@ -19,6 +19,7 @@ from engram_interp.models.adapters.tensors import AdapterError, read_json
 from engram_interp.models.checkpoint import CONFIG, load_model
 from engram_interp.models.config import ModelConfig
 from engram_interp.models.house import HouseModel
+from engram_interp.models.protocol import Decoder
 from engram_interp.models.registry import BUNDLED, load
 
 WHOLE_MODEL_BYTES = 16 * 2**30  # checkpoints beyond this are not loaded whole unless asked to
@@ -85,6 +86,21 @@ def open_model(
         "demo": open_demo,
     }[kind]
     return opener(path)
+
+
+def open_decoder(path: str | Path, base: str | Path | None = None) -> Decoder:
+    """Open a model that can be read layer by layer: as `open_model`, with a backbone around the memories.
+
+    Args: base: the base model's directory, for an engram-peft adapter and nothing else.
+    Raises: AdapterError (a ValueError) as `open_model`, and when only the memories could be opened.
+    """
+    model = open_model(path, base=base)
+    if not isinstance(model, Decoder):
+        raise AdapterError(
+            f"{path}: expected a model with its backbone (residuals and unembedding at every layer), found only the "
+            f"memories of {model.identity.name!r} ({model.identity.kind}) in blocks {list(model.engram_layers)}"
+        )
+    return model
 
 
 def _is_large(path: Path) -> bool:

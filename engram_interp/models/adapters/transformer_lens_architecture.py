@@ -15,7 +15,7 @@ place; use a second copy for engram_interp's own probes.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformer_lens.factories.architecture_adapter_factory import (
@@ -86,7 +86,8 @@ class HouseBlock(OpaqueBlockBridge):
         """The block between `hook_in` and `hook_out`."""
         residual = self._residual(hidden)
         self._check_stop_at_layer(residual)
-        out, balance = self.original_component(self._joined(self.hook_in(residual)), tokens, state)
+        block = cast("nn.Module", self.original_component)
+        out, balance = block(self._joined(self.hook_in(residual)), tokens, state)
         return self._joined(self.hook_out(self._residual(out))), balance
 
     def _residual(self, hidden: Tensor) -> Tensor:
