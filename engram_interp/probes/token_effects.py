@@ -151,7 +151,7 @@ def token_effects(
     parts = []
     for window, first in _overlapping(pieces, begin, stop):
         with_memory = _exit(model, window)
-        with ablate(model, kind, blocks=blocks, branches=branches, statistics=statistics, **options):
+        with ablate(model, kind, blocks=blocks, branches=branches, statistics=statistics, **options):  # type: ignore[arg-type]
             without = _exit(model, window)
         wanted = slice(max(begin - first, 0), stop - first)
         own = targets[first : first + len(without)][wanted]
