@@ -8,8 +8,6 @@ that says so.
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from engram_interp.memory import CompressedVocabulary
 from engram_interp.models.config import ModelConfig
 from engram_interp.models.house import HouseModel
 from engram_interp.models.protocol import ModelIdentity
+from engram_interp.runs.atomic import write_atomically as replace_atomically
 from engram_interp.shapes import Tensor
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
@@ -33,24 +32,11 @@ class CheckpointError(ValueError):
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, flush it and put it in place; on any failure the old file stays whole."""
+    """As `runs.atomic.write_atomically`; a disk that refuses is a CheckpointError, and the old file stays whole."""
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise CheckpointError(f"{path}: not saved ({error})") from None
-    os.close(handle)
-    part = Path(name)
-    try:
-        write(part)
-        with part.open("rb") as written:
-            os.fsync(written.fileno())
-        part.chmod(0o644)
-        part.replace(path)
-    except BaseException as error:
-        part.unlink(missing_ok=True)
-        if isinstance(error, OSError | SafetensorError):
-            raise CheckpointError(f"{path}: not saved, the previous file is untouched ({error})") from None
-        raise
+        replace_atomically(path, write)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not saved, the previous file is untouched ({error})") from None
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
