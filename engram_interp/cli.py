@@ -332,6 +332,8 @@ def evaluate(
     items: int = 2000,
     articles: int | None = None,
     seed: int = 0,
+    hub: tuple[str, ...] = (),
+    out: Path | None = None,
     json: bool = False,
 ) -> int:
     """Measure what a model knows: held-out loss, phrases, copying, facts, LAMBADA, BLiMP, induction.
@@ -344,29 +346,38 @@ def evaluate(
         items: Items per task at the most.
         articles: Held-out articles at the most.
         seed: Seed of everything drawn.
+        hub: Further tasks from Hugging Face data sets, such as hub:lambada or hub:popqa (needs a network).
+        out: The run folder; by default one below runs/evaluate named by what is evaluated.
         json: Print the scores as JSON.
     """
-    from engram_interp.models.adapters.opening import open_decoder
     from engram_interp.studies.evaluation import compare_evaluations
-    from engram_interp.studies.evaluation import evaluate as run_suite
+    from engram_interp.studies.evaluation_command import run_evaluate
 
-    names = [model] if against is None else [model, against]
-    options = {"limit": items, "articles": articles, "seed": seed, "progress": sys.stderr.isatty()}
-    results = [run_suite(open_decoder(name), data, **options) for name in names]
+    results, folder = run_evaluate(
+        (model,) if against is None else (model, against),
+        data,
+        items=items,
+        articles=articles,
+        seed=seed,
+        hub=hub,
+        out=out,
+    )
     if data is None:
         print("no --data: bundled gallery and generated tasks only", file=sys.stderr)
     for name in results[0].missing:
         print(f"left out: {name} (no data)", file=sys.stderr)
+    print(f"run folder: {folder}", file=sys.stderr)
+    difference = compare_evaluations(*results) if against else None
     if json:
-        difference = compare_evaluations(*results).to_dict("records") if against else None
-        _json({**results[0].as_dict(), "against": results[1].as_dict() if against else None, "difference": difference})
+        rows = None if difference is None else difference.to_dict("records")
+        _json({**results[0].as_dict(), "against": results[1].as_dict() if against else None, "difference": rows})
         return 0
     for result in results:
         _print(result.model, result.table().to_string(index=False))
         if result.bits_per_byte:
             _print(f"held-out bits per byte: {result.bits_per_byte}")
-    if against:
-        _print(f"{results[0].model} minus {results[1].model}", compare_evaluations(*results).to_string(index=False))
+    if difference is not None:
+        _print(f"{results[0].model} minus {results[1].model}", difference.to_string(index=False))
     return 0
 
 

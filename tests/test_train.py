@@ -95,6 +95,34 @@ def test_large_logits_do_not_overflow() -> None:
     assert cross_entropy(hidden, unembedding, torch.tensor([0, 2])).item() == pytest.approx(5e3)
 
 
+def test_rounded_loss_is_the_loss_of_rounded_operands() -> None:
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(300, 16, generator=generator).requires_grad_()
+    unembedding = torch.randn(50, 16, generator=generator).requires_grad_()
+    targets = torch.randint(0, 50, (300,), generator=generator)
+    exact = cross_entropy_reference(hidden.bfloat16().float(), unembedding.bfloat16().float(), targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = cross_entropy(hidden, unembedding, targets)
+    assert rounded.item() == pytest.approx(exact.item(), rel=2e-3)
+    for found, expected in zip(
+        torch.autograd.grad(rounded, (hidden, unembedding)),
+        torch.autograd.grad(exact, (hidden, unembedding)),
+        strict=True,
+    ):
+        assert found.dtype is torch.float32
+        assert ((found - expected).norm() / expected.norm()).item() < 0.01
+
+
+def test_rounded_training_differs_by_rounding_only(run: TrainConfig, tmp_path: Path) -> None:
+    exact = Trainer(into(run, tmp_path / "exact"))
+    rounded = Trainer(into(run, tmp_path / "rounded", precision="bfloat16"))
+    for _ in range(6):
+        a, b = exact._train_step(), rounded._train_step()
+    assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
+    assert a["loss"] != b["loss"]
+    assert all(p.dtype is torch.float32 for p in rounded.model.parameters())
+
+
 # -- what is visited, and how fast -----------------------------------------------------------------------------------
 
 

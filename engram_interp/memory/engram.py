@@ -124,8 +124,9 @@ class Engram(nn.Module):
             state.remember_window(compressed, self.ngram_hash)
         slots = self.hook_slots(self.ngram_hash.slots_of_mix(mix))
         embedding = self.hook_embedding(self.read(slots))
-        key = self.hook_key(self.key_proj(embedding).unflatten(-1, (self.options.branches, -1)))
-        value = self.hook_value(self.value_proj(embedding))
+        # Back to the rows' dtype: training rounds the products, but the gate's machine epsilon is the rows'.
+        key = self.key_proj(embedding).to(embedding.dtype).unflatten(-1, (self.options.branches, -1))
+        key, value = self.hook_key(key), self.hook_value(self.value_proj(embedding).to(embedding.dtype))
         gate = self.hook_gate(gate_of_score(self.hook_score(self.score(hidden, key)), self.options.gate))
         gated_value = self.hook_gated_value(gate.unsqueeze(-1) * value.unsqueeze(-2))
         if not self.options.conv_kernel:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformer_lens.hook_points import HookPoint
 
+from engram_interp.models.causal_products import causal_attention
 from engram_interp.shapes import Float, Tensor
 
 
@@ -73,7 +74,9 @@ class Attention(nn.Module):
         v = self.hook_v(v.transpose(1, 2)).transpose(1, 2)
         if state:
             k, v = state.extend(k, v)
-        if seen:
+        if q.dtype is torch.bfloat16 and not seen:
+            z = causal_attention(q, k, v)
+        elif seen:
             mask = torch.ones(length, seen + length, dtype=torch.bool, device=x.device).tril(seen)
             z = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:

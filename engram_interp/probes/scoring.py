@@ -48,13 +48,15 @@ class Scores:
 
     `logprob`: nats of the right continuation; `tokens`: its length; `correct`: 0 or 1 by the item's own rule; `margin`:
     nats over the best wrong continuation, NaN without one; `kl`: KL(reference || condition), mean over the right
-    continuation.
+    continuation; `rank`: share of the wrong continuations that are less probable (1 first, 0 last, chance 1/2; ties count
+    half), NaN without one.
     """
 
     logprob: Float[np.ndarray, "conditions n"]
     correct: Float[np.ndarray, "conditions n"]
     margin: Float[np.ndarray, "conditions n"]
     kl: Float[np.ndarray, "conditions n"]
+    rank: Float[np.ndarray, "conditions n"]
     tokens: Float[np.ndarray, " n"]
 
 
@@ -139,7 +141,15 @@ def score_items(
     several = np.array([len(item.choices) > 1 for item in items])
     margin = np.where(several, logprob[:, :, 0] - np.where(several, wrong, 0.0), np.nan)
     correct = np.where(several, (margin > 0).astype(float), greedy)
-    return Scores(logprob[:, :, 0].copy(), correct, margin, kl, tokens)
+    return Scores(logprob[:, :, 0].copy(), correct, margin, kl, _ranks(logprob, items), tokens)
+
+
+def _ranks(logprob: Float[np.ndarray, "conditions n choices"], items: Sequence[Item]) -> Float[np.ndarray, "conditions n"]:
+    right = logprob[:, :, :1]
+    there = np.arange(logprob.shape[2]) < np.array([len(item.choices) for item in items])[:, None]
+    wins = np.where(there, (logprob < right) + 0.5 * (logprob == right), 0.0)[:, :, 1:].sum(-1)
+    wrong = there[:, 1:].sum(-1)
+    return np.where(wrong > 0, wins / np.maximum(wrong, 1), np.nan)
 
 
 def _score_batch(

@@ -14,9 +14,22 @@ from engram_interp.probes.task_items import Item
 
 _WINDOW_BYTES = 2**27
 _KNOWN_FACT = 3  # training paragraphs that hold subject and object together before a fact counts as learnable
-_DISTRACTORS = 3
+_LEAST_DISTRACTORS = 3  # relations with fewer objects say little
 
 Record = dict[str, object]
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """How wrong answers are drawn."""
+
+    distractors: int | None
+    rng: np.random.Generator
+
+    def __call__(self, wrong: list[str]) -> list[str]:
+        if self.distractors is None:
+            return wrong
+        return self.rng.choice(wrong, size=min(self.distractors, len(wrong)), replace=False).tolist()
 
 
 @dataclass(frozen=True)
@@ -26,10 +39,10 @@ class DataSource:
     family: str
     file: str
     keep: Callable[[Record], bool]
-    item: Callable[[Record, str, list[Record], np.random.Generator], Item | None]
+    item: Callable[[Record, str, list[Record], _Draw], Item | None]
 
-    def items(self, path: Path, limit: int, rng: np.random.Generator) -> list[Item]:
-        """At most `limit` items, drawn without replacement, in file order.
+    def items(self, path: Path, limit: int, rng: np.random.Generator, distractors: int | None = 3) -> list[Item]:
+        """At most `limit` items, drawn without replacement, in file order; `distractors` as in `load_tasks`.
 
         Raises: ValueError naming the file and line, or a missing key.
         """
@@ -37,7 +50,8 @@ class DataSource:
             records = [(n, r) for n, r in enumerate(_read(path), start=1) if self.keep(r)]
             every = [r for _, r in records]
             chosen = np.sort(rng.choice(len(records), size=min(limit, len(records)), replace=False))
-            made = [self.item(records[i][1], f"{path.name.split('.')[1]}.{records[i][0]}", every, rng) for i in chosen]
+            draw = _Draw(distractors, rng)
+            made = [self.item(records[i][1], f"{path.name.split('.')[1]}.{records[i][0]}", every, draw) for i in chosen]
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"{path}: not the expected records ({type(error).__name__}: {error})") from None
         return [item for item in made if item is not None]
@@ -58,36 +72,35 @@ def _read(path: Path) -> Iterator[Record]:
         raise ValueError(f"{path}, after line {number}: damaged ({error})") from None
 
 
-def _completion(record: Record, name: str, every: list[Record], rng: np.random.Generator) -> Item:
+def _completion(record: Record, name: str, every: list[Record], draw: _Draw) -> Item:
     return Item(name, str(record["prompt"]), (f" {record['target']}",), str(record["title"]))
 
 
-def _lambada(record: Record, name: str, every: list[Record], rng: np.random.Generator) -> Item:
+def _lambada(record: Record, name: str, every: list[Record], draw: _Draw) -> Item:
     return Item(name, str(record["context"]), (f" {record['target']}",))
 
 
-def _minimal_pair(record: Record, name: str, every: list[Record], rng: np.random.Generator) -> Item:
+def _minimal_pair(record: Record, name: str, every: list[Record], draw: _Draw) -> Item:
     return Item(name, (), (str(record["sentence_good"]), str(record["sentence_bad"])), str(record["UID"]))
 
 
-def _relation(record: Record, name: str, every: list[Record], rng: np.random.Generator) -> Item | None:
+def _relation(record: Record, name: str, every: list[Record], draw: _Draw) -> Item | None:
     prompt = str(record["prompts"][0]).replace("{}", str(record["subject"]))  # type: ignore[index]
     others = {str(r["object"]) for r in every if r["relation"] == record["relation"]}
-    return _fact(name, prompt, str(record["object"]), others, str(record["relation"]), rng)
+    return _fact(name, prompt, str(record["object"]), others, str(record["relation"]), draw)
 
 
-def _known(record: Record, name: str, every: list[Record], rng: np.random.Generator) -> Item | None:
+def _known(record: Record, name: str, every: list[Record], draw: _Draw) -> Item | None:
     others = {str(r["attribute"]) for r in every if r["relation_id"] == record["relation_id"]}
-    return _fact(name, str(record["prompt"]), str(record["attribute"]), others, str(record["relation_id"]), rng)
+    return _fact(name, str(record["prompt"]), str(record["attribute"]), others, str(record["relation_id"]), draw)
 
 
-def _fact(name: str, prompt: str, answer: str, others: set[str], group: str, rng: np.random.Generator) -> Item | None:
-    """The answer against three others of the same relation; None where the relation has too few."""
+def _fact(name: str, prompt: str, answer: str, others: set[str], group: str, draw: _Draw) -> Item | None:
+    """The answer against others of the same relation; None where the relation has too few."""
     wrong = sorted(others - {answer})
-    if len(wrong) < _DISTRACTORS:
+    if len(wrong) < _LEAST_DISTRACTORS:
         return None
-    chosen = rng.choice(wrong, size=_DISTRACTORS, replace=False).tolist()
-    return Item(name, prompt, tuple(f" {text}" for text in (answer, *chosen)), group)
+    return Item(name, prompt, tuple(f" {text}" for text in (answer, *draw(wrong))), group)
 
 
 def _learnable(record: Record) -> bool:

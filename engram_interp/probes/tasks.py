@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from engram_interp.probes.task_data import DATA_SOURCES
 from engram_interp.probes.task_generated import arithmetic_items, gallery_items, induction_items
+from engram_interp.probes.task_hub import HUB_PREFIX, hub_items
 from engram_interp.probes.task_items import Item
 
 
@@ -55,27 +56,39 @@ DATA_TASKS = tuple(DATA_SOURCES)
 
 
 def load_tasks(
-    names: Sequence[str], tokenizer: Tokenizer, *, data: Path | None = None, limit: int = 500, seed: int = 0
+    names: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    data: Path | None = None,
+    limit: int = 500,
+    seed: int = 0,
+    distractors: int | None = 3,
 ) -> list[Task]:
     """Build tasks by name.
 
-    Args: names: of `GENERATED_TASKS` or `DATA_TASKS`; data: the folder with `eval/*.jsonl.zst`, for the latter; limit:
-        items per task, drawn by `seed`; tokenizer: of the model (induction repeats its word tokens).
+    Args: names: of `GENERATED_TASKS` or `DATA_TASKS`, or `hub:NAME` (`probes.task_hub`); data: the folder with
+        `eval/*.jsonl.zst`, for the second; limit: items per task, drawn by `seed`; tokenizer: of the model (induction
+        repeats its word tokens); distractors: wrong objects beside a fact's right one, None for all of its relation.
     Raises: ValueError for an unknown name, a data task without `data`, or a file that is missing or malformed.
     """
-    return [_load(name, tokenizer, data, limit, seed) for name in names]
+    return [_load(name, tokenizer, data, limit, seed, distractors) for name in names]
 
 
-def _load(name: str, tokenizer: Tokenizer, data: Path | None, limit: int, seed: int) -> Task:
+def _load(
+    name: str, tokenizer: Tokenizer, data: Path | None, limit: int, seed: int, distractors: int | None
+) -> Task:
     rng = np.random.default_rng((seed, *name.encode()))
     if name in _GENERATED:
         family, build = _GENERATED[name]
         return Task(
             name, family, tuple(build(tokenizer, limit, rng)), "bundled gallery" if "gallery" in name else "generated"
         )
+    if name.startswith(HUB_PREFIX):
+        hub, items = hub_items(name, limit, rng)
+        return Task(name, hub.family, tuple(items), name.partition("=")[2] or hub.id)
     if name not in DATA_SOURCES:
         raise ValueError(f"unknown task {name!r}: expected one of {', '.join((*GENERATED_TASKS, *DATA_TASKS))}")
     if data is None:
         raise ValueError(f"task {name!r} reads files: give the data folder that holds eval/{DATA_SOURCES[name].file}")
     source = DATA_SOURCES[name]
-    return Task(name, source.family, tuple(source.items(data / "eval" / source.file, limit, rng)), source.file)
+    return Task(name, source.family, tuple(source.items(data / "eval" / source.file, limit, rng, distractors)), source.file)

@@ -75,5 +75,8 @@ def _scores(evaluation: Evaluation) -> str:
     if evaluation.bits_per_byte is not None:
         bits = evaluation.bits_per_byte
         rows.append(f"| held-out bits per byte | {bits.value:.4f} [{bits.low:.4f}, {bits.high:.4f}] | | | {bits.n} | |")
-    note = "`heldout_loss` in nats per token, lower is better; the others are accuracies. Intervals over articles or items."
+    note = (
+        "`heldout_loss` in nats per token, lower is better; `lre` and `known_1000` by rank of the right object among its relation's "
+        "(1 first, 0 last); the others are accuracies. Intervals over articles or items."
+    )
     return "\n".join(rows) + "\n\n" + note

@@ -1,9 +1,10 @@
 """What does a model know? The evaluation suite: one score per task, each with its chance level and interval.
 
-Loss on held-out articles (nats per token, bits per byte; articles are the units), and accuracy on phrases, copying, facts,
-LAMBADA, BLiMP and induction (items or whole documents are the units). Items carry ids, so two models compare item by item.
-Misleads: accuracies of different tasks are not on one scale, chance differs; an interval describes other items, never another
-training seed.
+Loss on held-out articles (nats per token, bits per byte; articles are the units); accuracy on phrases, copying, LAMBADA, BLiMP
+and induction (items or whole documents are the units); for facts the rank of the right object among all objects of its relation,
+since a small model almost never says it first. Items carry ids, so two models compare item by item. Misleads: scores of different
+tasks are not on one scale, chance differs; an interval describes other items, never another training seed; a rank by total
+log-probability favours short and frequent objects.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from engram_interp.measure.statistics import Estimate, mean_interval, paired_dif
 from engram_interp.models.protocol import Decoder
 from engram_interp.models.text import start_tokens, windows
 from engram_interp.probes.scoring import score_items
-from engram_interp.probes.tasks import load_tasks
+from engram_interp.probes.tasks import Task, load_tasks
 from engram_interp.runs import Provenance, texts_hash
 
 if TYPE_CHECKING:
@@ -40,18 +41,23 @@ DATA_SCORES = {
     "lambada": ("lambada", "context.lambada_test"),
     "blimp": ("blimp", "linguistic.blimp"),
 }
+RANKED = ("lre", "known_1000")  # scored by rank: 1 first, 0 last, chance 1/2
 GENERATED_SCORES = {"phrase_entity": "gallery_entity", "phrase_generic": "gallery_phrase"}
 
 
 @dataclass(frozen=True)
 class Score:
-    """One task: accuracy (or nats per token for `heldout_loss`), its chance level, and the mean log-probability in nats."""
+    """One task: accuracy (rank for facts, nats per token for `heldout_loss`), its chance level, the mean log-probability in nats.
+
+    `first`: for facts, how often the right object is the most probable one, and its chance level.
+    """
 
     task: str
     value: Estimate
     chance: float | None
     logprob: Estimate | None
     source: str
+    first: tuple[Estimate, float] | None = None
 
     def as_dict(self) -> dict[str, object]:
         """`value`, `low`, `high`, `chance`, `n`, and `logprob` likewise."""
@@ -63,6 +69,9 @@ class Score:
             "n": self.value.rows or self.value.n,
             "source": self.source,
         }
+        if self.first is not None:
+            estimate, chance = self.first
+            data["first"] = {"value": estimate.value, "low": estimate.low, "high": estimate.high, "chance": chance}
         if self.logprob is not None:
             data["logprob"] = {"value": self.logprob.value, "low": self.logprob.low, "high": self.logprob.high}
         return data
@@ -70,7 +79,7 @@ class Score:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """All scores of one model. `items`: task, item, group, correct, logprob (for `heldout_loss`: loss, tokens, bytes)."""
+    """All scores of one model. `items`: task, item, group, correct, rank, logprob (for `heldout_loss`: loss, tokens, bytes)."""
 
     model: str
     scores: dict[str, Score]
@@ -123,12 +132,14 @@ def evaluate(
     limit: int = 2000,
     articles: int | None = None,
     seed: int = 0,
+    hub: Sequence[str] = (),
     progress: bool = False,
 ) -> Evaluation:
     """Run the suite.
 
     Args: data: folder laid out as the README says; a missing file leaves its task out and is listed in `missing`. None runs the
-        bundled gallery and the generated tasks. limit: items per task, drawn by `seed`; articles: held-out articles (all).
+        bundled gallery and the generated tasks. limit: items per task, drawn by `seed`; articles: held-out articles (all); hub:
+        further tasks from Hugging Face data sets (`probes.task_hub`), such as "hub:popqa".
     """
     import pandas as pd
 
@@ -141,27 +152,33 @@ def evaluate(
         score, bits, frame, held_out = _held_out(model, data / HELD_OUT, articles, progress)
         scores["heldout_loss"], texts = score, held_out
         frames.append(frame)
-    for name, task_name in names.items():
-        task = load_tasks([task_name], model.tokenizer, data=data, limit=limit, seed=seed)[0]
-        result = score_items(model, task.items, [nullcontext], progress=name if progress else "")
-        groups = np.array([i.group or i.id for i in task.items])
-        scores[name] = Score(
-            name,
-            mean_interval(result.correct[0], groups),
-            task.chance,
-            mean_interval(result.logprob[0], groups),
-            task.source,
-        )
-        columns = {"task": name, "item": [i.id for i in task.items], "group": groups}
-        frames.append(pd.DataFrame({**columns, "correct": result.correct[0], "logprob": result.logprob[0]}))
+    for name, task_name in {**names, **{task: task for task in hub}}.items():
+        task = load_tasks([task_name], model.tokenizer, data=data, limit=limit, seed=seed, distractors=None)[0]
+        scores[name], frame = _score(model, name, task, progress)
+        frames.append(frame)
         texts += [f"{i.id}\t{i.prompt}\t{i.choices}" for i in task.items]
     provenance = Provenance(
         {model.identity.name: model.identity.weights_sha256},
         texts_hash(texts),
         len(texts),
-        {"limit": limit, "articles": articles, "seed": seed, "data": data is not None},
+        {"limit": limit, "articles": articles, "seed": seed, "data": data is not None, "hub": list(hub)},
     )
     return Evaluation(model.identity.name, scores, bits, missing, pd.concat(frames, ignore_index=True), provenance)
+
+
+def _score(model: Decoder, name: str, task: Task, progress: bool) -> tuple[Score, pd.DataFrame]:
+    import pandas as pd
+
+    result = score_items(model, task.items, [nullcontext], progress=name if progress else "")
+    groups = np.array([i.group or i.id for i in task.items])
+    columns = {"correct": result.correct[0], "rank": result.rank[0], "logprob": result.logprob[0]}
+    means = {quantity: mean_interval(values, groups) for quantity, values in columns.items() if quantity != "rank"}
+    if name in RANKED:
+        value, chance, first = mean_interval(result.rank[0], groups), 0.5, (means["correct"], task.chance)
+    else:
+        value, chance, first = means["correct"], task.chance, None
+    frame = pd.DataFrame({"task": name, "item": [i.id for i in task.items], "group": groups, **columns})
+    return Score(name, value, chance, means["logprob"], task.source, first), frame
 
 
 def _plan(data: Path | None) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -232,4 +249,5 @@ def _paired_columns(task: str, a: pd.DataFrame, b: pd.DataFrame) -> dict[str, tu
         # Weighted so that the mean over articles is the loss per token of the whole text.
         weight = a["tokens"].to_numpy() / a["tokens"].mean()
         return {"nats per token": tuple((f["loss"] / f["tokens"]).to_numpy() * weight for f in (a, b))}  # type: ignore[dict-item]
-    return {q: (a[q].to_numpy(dtype=float), b[q].to_numpy(dtype=float)) for q in ("correct", "logprob")}
+    quantities = ("rank", "correct", "logprob") if task in RANKED else ("correct", "logprob")
+    return {q: (a[q].to_numpy(dtype=float), b[q].to_numpy(dtype=float)) for q in quantities}

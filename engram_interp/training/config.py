@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError
@@ -22,7 +22,8 @@ class TrainConfig(StrictModel):
     """A run. Paths are relative to the working directory; `tokens` counts trained positions.
 
     `table_lr_factor` multiplies the learning rate of Engram tables, which have no weight decay (paper section 4.1: 5,
-    0).
+    0). `precision` "bfloat16" rounds the operands of matrix products; weights, residual streams, norms, gates and the
+    optimiser stay in float32.
     """
 
     model: ModelConfig
@@ -43,10 +44,12 @@ class TrainConfig(StrictModel):
     balance_weight: float = Field(1e-2, ge=0)
     seed: int = 0
     threads: int = Field(1, ge=1)
+    precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = True
     save_every: int = Field(250, ge=1)
     evaluate_every: int = Field(500, ge=1)
     evaluate_rows: int = Field(64, ge=1)
+    monitor_every: int = Field(100, ge=1)
 
     @property
     def tokens_per_step(self) -> int:

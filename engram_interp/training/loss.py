@@ -28,6 +28,8 @@ def cross_entropy_reference(
     schema="(Tensor hidden, Tensor unembedding, Tensor targets) -> (Tensor, Tensor, Tensor)",
 )
 def _chunked(hidden: Tensor, unembedding: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if torch.is_autocast_enabled("cpu"):
+        return _chunked_rounded(hidden, unembedding, targets, torch.get_autocast_dtype("cpu"))
     n = len(hidden)
     grad_hidden, grad_unembedding = torch.empty_like(hidden), torch.zeros_like(unembedding)
     logits = hidden.new_empty(min(_CHUNK, n), len(unembedding))
@@ -44,6 +46,21 @@ def _chunked(hidden: Tensor, unembedding: Tensor, targets: Tensor) -> tuple[Tens
         torch.mm(z, unembedding, out=grad_hidden[start : start + _CHUNK])
         grad_unembedding.addmm_(z.T, h)
     return total / n, grad_hidden, grad_unembedding
+
+
+def _chunked_rounded(hidden: Tensor, unembedding: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The same with rounded operands and logits; sums over tokens and chunks stay in float32."""
+    n, weights = len(hidden), unembedding.to(dtype)
+    grad_hidden, grad_unembedding = torch.empty_like(hidden), torch.zeros_like(unembedding)
+    total = hidden.new_zeros(())
+    for start in range(0, n, _CHUNK):
+        h, y = hidden[start : start + _CHUNK].to(dtype), targets[start : start + _CHUNK, None]
+        p = torch.softmax(torch.mm(h, weights.T), 1)
+        total -= p.gather(1, y).float().log().sum()
+        p.scatter_add_(1, y, p.new_full(y.shape, -1.0))
+        grad_hidden[start : start + _CHUNK] = torch.mm(p, weights)
+        grad_unembedding += torch.mm(p.T, h)
+    return total / n, grad_hidden.div_(n), grad_unembedding.div_(n)
 
 
 @_chunked.register_fake

@@ -102,11 +102,11 @@ def _prepare(config: TrainConfig):  # noqa: ANN202
 
     def step() -> None:
         tokens = torch.randint(3, config.model.vocab_size, (2, *shape), generator=generator)
-        loss, balance = loss_of(model, tokens[0], tokens[1])
+        loss, balance = loss_of(model, tokens[0], tokens[1], config.precision)
         (loss + config.balance_weight * balance).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         optimiser.step()
-        optimiser.zero_grad(set_to_none=False)
+        optimiser.zero_grad()
 
     return step
 

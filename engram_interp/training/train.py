@@ -13,6 +13,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +29,10 @@ from engram_interp.shapes import Int64, Tensor
 from engram_interp.training.config import ConfigError, TrainConfig
 from engram_interp.training.corpus import BOS_ID, open_token_file, tokenizer_hash
 from engram_interp.training.loss import cross_entropy
+from engram_interp.training.monitor import MemoryMonitor
 
-STATE, METRICS, RUN = "state.safetensors", "metrics.jsonl", "run.json"
+STATE, METRICS, MEMORY, RUN = "state.safetensors", "metrics.jsonl", "memory.jsonl", "run.json"
+_PROBE_ROWS = 8  # of the held-out file: the fixed text on which the monitor reads gates
 
 
 class TokenRows:
@@ -89,20 +92,23 @@ def make_optimiser(model: HouseModel, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
-def loss_of(model: HouseModel, inputs: Int64[Tensor, "B T"], targets: Int64[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
+def loss_of(
+    model: HouseModel, inputs: Int64[Tensor, "B T"], targets: Int64[Tensor, "B T"], precision: str = "float32"
+) -> tuple[Tensor, Tensor]:
     """Mean next-token loss in nats, and the load-balance loss."""
-    hidden, balance = model.streams(inputs)
-    final = model.ln_final(model.reduce_streams(hidden))
-    return cross_entropy(final.flatten(0, 1), model.embed.weight, targets.flatten()), balance
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        hidden, balance = model.streams(inputs)
+        final = model.exit_hidden(hidden)
+        return cross_entropy(final.flatten(0, 1), model.embed.weight, targets.flatten()), balance
 
 
 @torch.no_grad()
-def held_out_loss(model: HouseModel, rows: TokenRows, count: int, batch: int) -> float:
+def held_out_loss(model: HouseModel, rows: TokenRows, count: int, batch: int, precision: str = "float32") -> float:
     """Mean loss in nats per token over the first `count` rows."""
     total, used = 0.0, min(count, len(rows))
     for start in range(0, used, batch):
         indices = np.arange(start, min(start + batch, used))
-        total += float(loss_of(model, *rows.rows(indices))[0]) * len(indices)
+        total += float(loss_of(model, *rows.rows(indices), precision)[0]) * len(indices)
     return total / used
 
 
@@ -141,10 +147,18 @@ class Trainer:
         self.step = 0
         config.out.mkdir(parents=True, exist_ok=True)
         self._claim_directory()
+        self.monitor = self._attach_monitor()
         self._resume()
         if config.compile:
             for block in self.model.blocks:
                 block.compile(dynamic=False)
+
+    def _attach_monitor(self) -> MemoryMonitor | None:
+        if self.config.model.engram is None:
+            return None
+        rows = self.held_out or self.rows
+        probe = rows.rows(np.arange(min(_PROBE_ROWS, len(rows))))[0]
+        return MemoryMonitor(self.model, self.config.out / MEMORY, probe, every=self.config.monitor_every)
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -161,6 +175,8 @@ class Trainer:
             slots = self.optimiser.state.get(p, {})
             state[f"mean.{name}"] = slots.get("exp_avg", torch.zeros_like(p))
             state[f"square.{name}"] = slots.get("exp_avg_sq", torch.zeros_like(p))
+        hits = self.monitor.hits if self.monitor else {}
+        state |= {f"hits.{layer}": torch.from_numpy(count) for layer, count in hits.items()}
         return state | {"step": torch.tensor(self.step)}
 
     def save(self) -> None:
@@ -181,11 +197,14 @@ class Trainer:
                     "exp_avg": state[f"mean.{name}"].clone(),
                     "exp_avg_sq": state[f"square.{name}"].clone(),
                 }
-        self._truncate_metrics()
+        if self.monitor:
+            for layer, hits in self.monitor.hits.items():
+                hits[:] = state[f"hits.{layer}"].numpy()
+        for name in (METRICS, MEMORY):
+            self._truncate_log(self.config.out / name)
 
-    def _truncate_metrics(self) -> None:
+    def _truncate_log(self, path: Path) -> None:
         """Drop what was logged after the saved state: those steps will be taken again."""
-        path = self.config.out / METRICS
         if path.is_file():
             whole = path.read_text().split("\n")[:-1]  # a kill can leave the last line unfinished
             kept = "".join(line + "\n" for line in whole if json.loads(line)["step"] <= self.step)
@@ -199,13 +218,17 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group["lr_factor"]
         chosen = self.order[self.step * config.batch : (self.step + 1) * config.batch]
-        loss, balance = loss_of(self.model, *self.rows.rows(chosen))
+        inputs, targets = self.rows.rows(chosen)
+        if self.monitor:
+            self.monitor.observe(inputs)
+        loss, balance = loss_of(self.model, inputs, targets, config.precision)
         (loss + config.balance_weight * balance).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"step {self.step}: the gradient norm is {float(norm)}; the saved state is older")
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=False)
+        with self.monitor.update(self.step + 1) if self.monitor else nullcontext():
+            self.optimiser.step()
+        self.optimiser.zero_grad()
         self.step += 1
         loss, balance = loss.detach(), balance.detach()
         return {"loss": float(loss), "balance": float(balance), "gradient_norm": float(norm), "learning_rate": rate}
@@ -250,7 +273,8 @@ class Trainer:
     def _evaluate(self) -> float | None:
         if self.held_out is None:
             return None
-        return held_out_loss(self.model, self.held_out, self.config.evaluate_rows, self.config.batch)
+        config = self.config
+        return held_out_loss(self.model, self.held_out, config.evaluate_rows, config.batch, config.precision)
 
 
 __all__ = ["TokenRows", "TrainResult", "Trainer", "held_out_loss", "learning_rate", "row_order"]
