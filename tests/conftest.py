@@ -15,16 +15,19 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import copy
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from engram_interp.models.house import HouseModel
+    from engram_interp.training.config import TrainConfig
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -174,3 +177,42 @@ def weights_digest(model: HouseModel) -> str:
         digest.update(key.encode())
         digest.update(value.numpy().tobytes())
     return digest.hexdigest()
+
+
+@pytest.fixture(scope="session")
+def training_run(
+    tokenizer: Tokenizer, tiny_engram: HouseModel, tmp_path_factory: pytest.TempPathFactory
+) -> TrainConfig:
+    """A run of 24 steps of a two-block model on sentences that repeat; `out` is a folder that does not exist."""
+    from engram_interp.training.config import TrainConfig
+    from engram_interp.training.corpus import write_token_file
+
+    folder = tmp_path_factory.mktemp("corpus")
+    words = ["harbour", "castle", "river", "king", "Paris", "London", "sea", "Wales"]
+    rng = np.random.default_rng(0)
+    texts = [" ".join(f"The {a} of the {b} is old." for a, b in rng.choice(words, (6, 2))) for _ in range(60)]
+    corpus = folder / "c.jsonl"
+    corpus.write_text("".join(json.dumps({"title": str(i), "text": text}) + "\n" for i, text in enumerate(texts)))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_token_file(folder / "train.bin", [corpus], tokenizer)
+    memory = tiny_engram.cfg.engram
+    assert memory is not None
+    model = tiny_engram.cfg.model_copy(
+        update={"name": "run", "layers": 2, "context": 16, "engram": memory.model_copy(update={"blocks": (1,)})}
+    )
+    return TrainConfig(
+        model=model,
+        tokenizer=folder / "tokenizer.json",
+        train_tokens=folder / "train.bin",
+        held_out_tokens=folder / "train.bin",
+        out=folder / "never",
+        tokens=24 * 4 * 16,
+        batch=4,
+        learning_rate=1e-2,
+        warmup_steps=4,
+        seed=3,
+        compile=False,
+        save_every=5,
+        evaluate_every=12,
+        evaluate_rows=6,
+    )

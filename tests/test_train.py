@@ -16,50 +16,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
 
 from engram_interp.models.checkpoint import load_model
 from engram_interp.models.house import HouseModel
 from engram_interp.training.config import ConfigError, TrainConfig, load_train_config, parse_config
-from engram_interp.training.corpus import BOS_ID, CorpusError, write_token_file
+from engram_interp.training.corpus import BOS_ID, CorpusError
 from engram_interp.training.loss import cross_entropy, cross_entropy_reference
 from engram_interp.training.train import TokenRows, Trainer, held_out_loss, learning_rate, make_optimiser, row_order
 
 STEPS = 24
 
 
-@pytest.fixture(scope="module")
-def run(tokenizer: Tokenizer, tiny_engram: HouseModel, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    """A run of 24 steps of a two-block model on sentences that repeat."""
-    folder = tmp_path_factory.mktemp("corpus")
-    words = ["harbour", "castle", "river", "king", "Paris", "London", "sea", "Wales"]
-    rng = np.random.default_rng(0)
-    texts = [" ".join(f"The {a} of the {b} is old." for a, b in rng.choice(words, (6, 2))) for _ in range(60)]
-    corpus = folder / "c.jsonl"
-    corpus.write_text("".join(json.dumps({"title": str(i), "text": text}) + "\n" for i, text in enumerate(texts)))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    write_token_file(folder / "train.bin", [corpus], tokenizer)
-    memory = tiny_engram.cfg.engram
-    assert memory is not None
-    model = tiny_engram.cfg.model_copy(
-        update={"name": "run", "layers": 2, "context": 16, "engram": memory.model_copy(update={"blocks": (1,)})}
-    )
-    return TrainConfig(
-        model=model,
-        tokenizer=folder / "tokenizer.json",
-        train_tokens=folder / "train.bin",
-        held_out_tokens=folder / "train.bin",
-        out=folder / "never",
-        tokens=STEPS * 4 * 16,
-        batch=4,
-        learning_rate=1e-2,
-        warmup_steps=4,
-        seed=3,
-        compile=False,
-        save_every=5,
-        evaluate_every=12,
-        evaluate_rows=6,
-    )
+@pytest.fixture
+def run(training_run: TrainConfig) -> TrainConfig:
+    assert training_run.steps == STEPS
+    return training_run
 
 
 def into(config: TrainConfig, out: Path, **changes: object) -> TrainConfig:

@@ -68,7 +68,7 @@ def _causal_attention_backward(
         p = kept[used : used + size].view(batch, e - s, e)
         used += size
         g = grad[:, s:e]
-        ds = torch._softmax_backward_data(g @ v[:, :e].mT, p, -1, p.dtype)
+        ds = torch.ops.aten._softmax_backward_data(g @ v[:, :e].mT, p, -1, p.dtype)
         torch.mul(ds @ k[:, :e], scale, out=grad_q[:, s:e])
         grad_k[:, :e] += ds.mT @ q[:, s:e]
         grad_v[:, :e] += p.mT @ g

@@ -20,6 +20,7 @@ from engram_interp.studies.ablation import fitted_statistics, known_kinds
 from engram_interp.studies.config import StudyConfig, load_study_config
 from engram_interp.studies.program import Study, run
 from engram_interp.studies.texts import fit_texts, study_tasks
+from engram_interp.studies.training_study import TrainingStudy, run_training_study
 
 RUNS = Path("runs/studies")
 
@@ -46,6 +47,29 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> int:
         return 2
     print(*report.headline, sep="\n")
     print(f"run folder: {given.out}")
+    return 0
+
+
+def training_main(study: TrainingStudy, arguments: Sequence[str] | None = None) -> int:
+    """Run or continue a training study from its command line; prints the runs, the conclusion and the run folder."""
+    parser = argparse.ArgumentParser(prog=f"python -m experiments.{study.name}")
+    parser.add_argument("config", type=Path, help=f"a YAML file, such as experiments/configs/{study.name}.yaml")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the configuration's")
+    parser.add_argument("--out", type=Path, default=RUNS / study.name, help="run folder (default: %(default)s)")
+    parser.add_argument(
+        "--smoke", action="store_true", help="seconds instead of hours: tests the plumbing, not the claim"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        config = load_study_config(study.config, given.config)
+        changes = {"seeds": tuple(given.seeds)} if given.seeds else {}
+        config = config.model_copy(update=changes if given.smoke else {**changes, "smoke": {}})
+        runs = run_training_study(study, config, given.out)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(runs.to_string(index=False, float_format="%.4f"))
+    print(*study.conclude(runs)[0], f"run folder: {given.out}", sep="\n")
     return 0
 
 

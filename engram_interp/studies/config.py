@@ -11,7 +11,7 @@ from pydantic import Field
 from engram_interp.models.config import StrictModel
 from engram_interp.training.config import ConfigError, parse_config
 
-C = TypeVar("C", bound="StudyConfig")
+C = TypeVar("C", bound=StrictModel)
 
 
 class StudyConfig(StrictModel):

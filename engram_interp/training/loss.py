@@ -48,7 +48,9 @@ def _chunked(hidden: Tensor, unembedding: Tensor, targets: Tensor) -> tuple[Tens
     return total / n, grad_hidden, grad_unembedding
 
 
-def _chunked_rounded(hidden: Tensor, unembedding: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _chunked_rounded(
+    hidden: Tensor, unembedding: Tensor, targets: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """The same with rounded operands and logits; sums over tokens and chunks stay in float32."""
     n, weights = len(hidden), unembedding.to(dtype)
     grad_hidden, grad_unembedding = torch.empty_like(hidden), torch.zeros_like(unembedding)
