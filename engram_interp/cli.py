@@ -390,7 +390,7 @@ def card(
     articles: int | None = None,
     out: Path | None = None,
 ) -> int:
-    """Evaluate the model a training configuration made and write its model card.
+    """Evaluate the model a training configuration made and write its model card, with the curves of its memory beside it.
 
     Args:
         config: The training configuration; its `out` holds the checkpoint.
@@ -399,18 +399,11 @@ def card(
         articles: Held-out articles at the most.
         out: The file to write; printed if absent.
     """
-    from engram_interp.models.registry import load
-    from engram_interp.studies.card import model_card
-    from engram_interp.studies.evaluation import evaluate as run_suite
-    from engram_interp.training.config import load_train_config
+    from engram_interp.studies.card_command import run_card
 
-    settings = load_train_config(config)
-    evaluation = run_suite(load(settings.out), data, limit=items, articles=articles, progress=sys.stderr.isatty())
-    text = model_card(settings, evaluation, str(config))
+    text = run_card(config, data, items=items, articles=articles, out=out)
     if out is None:
         _print(text)
-    else:
-        out.write_text(text, encoding="utf-8")
     return 0
 
 

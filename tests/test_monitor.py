@@ -100,3 +100,29 @@ def test_it_rides_on_hugging_faces_trainer(fresh_engram, batches, tmp_path):
     assert [r["step"] for r in records] == [0, 0, 2, 2]
     assert records[-1]["rows_hit"] > records[0]["rows_hit"] > 0
     assert all(r["update_norm"] > 0 for r in records)
+
+
+def test_the_curves_and_the_card_show_what_was_logged(fresh_engram, batches, tmp_path, training_run):
+    from engram_interp.figures.monitor import monitor_figure
+    from engram_interp.studies.card import CURVES, model_card
+    from engram_interp.studies.evaluation import evaluate
+
+    _train(fresh_engram, MemoryMonitor(fresh_engram, tmp_path / "m.jsonl", batches[0], every=1), batches)
+    records = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    figure = monitor_figure(records, tokens_per_step=2_000_000, title="t")
+    lines = {(trace.name, trace.yaxis): trace for trace in figure.data}
+    own = [r for r in records if r["layer"] == 3]
+    gate = lines["block 3 branch 1", "y"]
+    assert list(gate.y) == [r["gate_mean"][1] for r in own]
+    assert list(gate.x) == [2.0 * r["step"] for r in own]
+    assert list(lines["block 3, all branches", "y3"].y) == [r["rows_hit"] / r["rows"] for r in own]
+    shown = {trace.name: (trace.line.color, trace.line.dash) for trace in figure.data}
+    assert len(set(shown.values())) == len(shown), "no style means two things"
+    with pytest.raises(ValueError, match="found none"):
+        monitor_figure([], tokens_per_step=1, title="t")
+
+    card = model_card(training_run, evaluate(fresh_engram, limit=8), "run.yaml", records)
+    assert f"]({CURVES})" in card
+    last = own[-1]
+    assert f"{last['rows_hit'] / last['rows']:.2%}" in card
+    assert "## The memory while training" not in model_card(training_run, evaluate(fresh_engram, limit=8), "run.yaml")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from engram_interp.models.cost import active_flops, memory_parameters, parameter_count
 from engram_interp.studies.evaluation import Evaluation
 from engram_interp.training.config import TrainConfig
@@ -15,10 +18,16 @@ nothing about models of other sizes; it exists so that probes have something rea
 checkpoints are differences between checkpoints."""
 
 
-def model_card(config: TrainConfig, evaluation: Evaluation, config_path: str) -> str:
+CURVES = "memory.svg"
+
+
+def model_card(
+    config: TrainConfig, evaluation: Evaluation, config_path: str, monitor: Sequence[Mapping[str, Any]] = ()
+) -> str:
     """Markdown for one model.
 
-    Args: config_path: where the training configuration lies in the project, for the command that reproduces the model.
+    Args: config_path: where the training configuration lies in the project, for the command that reproduces the model;
+        monitor: the records of the memory monitor of the run, whose curves lie beside the card as `memory.svg`.
     """
     model = config.model
     flops, parameters = active_flops(model), parameter_count(model)
@@ -54,6 +63,7 @@ def model_card(config: TrainConfig, evaluation: Evaluation, config_path: str) ->
         "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items())]),
         "## Scores",
         _scores(evaluation),
+        *(["## The memory while training", _memory(monitor, config)] if monitor else []),
         "## Reproduce",
         f"```\nengram-interp train {config_path}\n```\nThe README says how the token files are made.",
         "## Data and licence",
@@ -62,6 +72,29 @@ def model_card(config: TrainConfig, evaluation: Evaluation, config_path: str) ->
         _NOT.format(millions=parameters / 1e6),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _memory(monitor: Sequence[Mapping[str, Any]], config: TrainConfig) -> str:
+    """The monitor's numbers at a few steps; every record is in the curves."""
+    steps = sorted({record["step"] for record in monitor})
+    shown = {steps[0], steps[-1], *(min(steps, key=lambda s: abs(s - steps[-1] * f)) for f in (0.03, 0.1, 0.3, 0.6))}
+    rows = [
+        "| M tokens | block | gate mean (5 %, 95 %), a branch each | write / residual | rows ever read "
+        "| reads on the busiest 1 % | table: norm, gradient, update |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in monitor:
+        if r["step"] in shown:
+            quantiles = [(q[0], q[-1]) for q in r["gate_quantiles"]]
+            gates = "; ".join(
+                f"{m:.2f} ({low:.2f}, {high:.2f})" for m, (low, high) in zip(r["gate_mean"], quantiles, strict=True)
+            )
+            rows.append(
+                f"| {r['step'] * config.tokens_per_step / 1e6:.1f} | {r['layer']} | {gates} | {r['write_share']:.3f} "
+                f"| {r['rows_hit'] / r['rows']:.2%} | {r['hit_top_percent']:.1%} "
+                f"| {r['weight_norm']:.0f}, {r['gradient_norm']:.2g}, {r['update_norm']:.2g} |"
+            )
+    return f"![curves of gates, write, rows and norms while training]({CURVES})\n\n" + "\n".join(rows)
 
 
 def _scores(evaluation: Evaluation) -> str:
