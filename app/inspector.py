@@ -64,7 +64,8 @@ def _memory(view: View, token: int) -> TokenMemory:
     model = loaders.model(view.model)
     weights = model.identity.weights_sha256
     counts = loaders.corpus_counts(model, weights, view.layer, tuple(loaders.gallery_texts()))
-    return token_memory(model, view.text, token, block=view.layer, corpus=counts)
+    norms = loaders.write_norms(view.model, view.text, view.layer)
+    return token_memory(model, view.text, token, block=view.layer, corpus=counts, norms=norms)
 
 
 def _memory_read(view: View, gates: GateMap, memory: TokenMemory) -> None:

@@ -16,6 +16,7 @@ from engram_interp.models.config import ModelConfig
 from engram_interp.models.protocol import Decoder, MemoryModel
 from engram_interp.probes.gates import GateMap
 from engram_interp.probes.token_effects import TokenEffects
+from engram_interp.probes.token_memory import WriteNorms
 
 MAX_TOKENS = 8192
 MAX_MODELS = 4
@@ -107,6 +108,19 @@ def _gates(_model: MemoryModel, weights: str, text: str) -> GateMap:
     from engram_interp.probes.gates import read_gates
 
     return read_gates(_model, text, limit=MAX_TOKENS)
+
+
+def write_norms(name: str, text: str, block: int) -> WriteNorms:
+    """What one memory writes at every token of a text: a click on a token then runs no model."""
+    opened = model(name)
+    return _write_norms(opened, opened.identity.weights_sha256, text, block)
+
+
+@st.cache_resource(max_entries=64, show_spinner="Reading what the memory writes")
+def _write_norms(_model: MemoryModel, weights: str, text: str, block: int) -> WriteNorms:
+    from engram_interp.probes.token_memory import write_norms as read
+
+    return read(_model, text, block, limit=MAX_TOKENS)
 
 
 def effects(

@@ -48,6 +48,8 @@ def app_command(
         str(headless).lower(),
         "--browser.gatherUsageStats",
         "false",
+        "--runner.magicEnabled",  # we write through st.*; rewriting every page for "magic" cost a tenth of a click
+        "false",
     ]
     if port is not None:
         options += ["--server.port", str(port)]

@@ -18,7 +18,7 @@ from engram_interp.probes.gates import read_gates
 from engram_interp.probes.lens import logit_lens_kl
 from engram_interp.probes.memory_site import hash_of, site_of, token_ids
 from engram_interp.probes.token_effects import token_effects
-from engram_interp.probes.token_memory import ngram_labels, slot_numbers, token_memory
+from engram_interp.probes.token_memory import ngram_labels, slot_numbers, token_memory, write_norms
 from engram_interp.probes.token_readings import align, difference, effect_grid, shared_range, token_readings
 
 TEXT = "By the way, Alexander the Great was a king of Macedon."
@@ -80,6 +80,10 @@ def test_token_memory_reads_the_rows_the_hash_names(tiny_engram):
     gates = read_gates(tiny_engram, TEXT)
     assert memory.write_norm == pytest.approx(float(gates.write_norm[7, 1]), rel=1e-5)
     assert memory.hidden_norm == pytest.approx(float(gates.hidden_norm[7, 1]), rel=1e-5)
+    known = write_norms(tiny_engram, TEXT, 3)
+    np.testing.assert_allclose(known.write, gates.write_norm[:, 1], rtol=1e-5)
+    again = token_memory(tiny_engram, TEXT, 7, block=3, norms=known)
+    assert (again.gated_norm, again.conv_norm) == (memory.gated_norm, memory.conv_norm)
     assert memory.sources == (7, 4, 1)
     assert ngram_labels(tiny_engram, ids, block=3, first=7)[0][0] == memory.rows[0].ngram
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -273,3 +274,59 @@ def test_dark_and_narrow(tab, pictures):
     right = page.locator(".token").evaluate_all("boxes => Math.max(...boxes.map(b => b.getBoundingClientRect().right))")
     assert right <= 390
     page.screenshot(path=pictures / "gates_narrow.png")
+
+
+def resident_megabytes(address: str) -> float:
+    """Memory of the server that answers there, with its children."""
+    port = urlsplit(address).port
+    pids = [p for p in Path("/proc").iterdir() if p.name.isdigit()]
+    for pid in pids:
+        try:
+            if f"--server.port\0{port}".encode() in (pid / "cmdline").read_bytes():
+                status = (pid / "status").read_text()
+                return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
+        except OSError:
+            continue
+    raise AssertionError(f"no server on port {port}")
+
+
+@pytest.mark.slow
+def test_sessions_in_parallel_stay_apart_and_memory_stays_flat(tab, server):
+    """Random use of several sessions; ENGRAM_SOAK="10 300" runs ten sessions for five minutes (the default is short)."""
+    sessions, seconds = map(int, os.environ.get("ENGRAM_SOAK", "4 20").split())
+    rng = random.Random(0)
+    words = ["king", "harbour", "castle", "river", "Paris", "London", "Wales", "sea", "town", "queen", "lord", "gate"]
+    texts = [
+        f"The {a} of {b} saw session number {i} pass."
+        for i, (a, b) in enumerate(rng.sample(words, 2) for _ in range(sessions))
+    ]
+    pages = [tab(text) for text in texts]
+    for page in pages:
+        page.wait_for_selector(".token", timeout=120_000)
+    use = {
+        "click": lambda page: page.locator(".token").nth(rng.randrange(2, 7)).click(),
+        "layer": lambda page: page.get_by_role("radio", name=rng.choice(["1", "3"])).first.click(),
+        "colour": lambda page: page.get_by_role("radio", name=rng.choice(["gate", "score", "write"])).first.click(),
+        "reload": lambda page: page.reload(),
+    }
+    done, settled = dict.fromkeys(use, 0), None
+    started = time.monotonic()
+    while (elapsed := time.monotonic() - started) < seconds:
+        at = rng.randrange(sessions)
+        action = rng.choices(list(use), weights=[6, 2, 2, 1])[0]
+        use[action](pages[at])
+        done[action] += 1
+        pages[at].wait_for_selector(".token")
+        assert "".join(tokens_of(pages[at])[1:]).replace("·", " ") == texts[at], "another session's text"
+        if settled is None and elapsed > seconds / 4:
+            settled = resident_megabytes(server)
+    for page, text in zip(pages, texts, strict=True):
+        quiet(page)
+        assert "".join(tokens_of(page)[1:]).replace("·", " ") == text
+        assert page.get_by_test_id("stException").count() == 0
+    grown = resident_megabytes(server) - settled
+    print(
+        f"{sessions} sessions, {seconds} s, {done}; server {settled:.0f} MB after a quarter, {grown:+.0f} MB at the end"
+    )
+    assert sum(done.values()) >= sessions
+    assert grown < 0.1 * settled, f"the server grew by {grown:.0f} MB"

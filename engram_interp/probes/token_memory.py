@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 
 from engram_interp.memory.address import SEPARATOR, SlotAddress, addresses_of_mix, compress, mixes
 from engram_interp.memory.address import windows as ngram_windows
@@ -120,12 +120,13 @@ def token_memory(
     *,
     block: int | None = None,
     corpus: NgramCounts | None = None,
+    norms: WriteNorms | None = None,
     most: int = 20,
 ) -> TokenMemory:
     """Look at one token of a text; positions count as in `read_gates`, the start token included.
 
-    Args: block: None is the first memory; corpus: n-grams counted under this memory's hash; most: other n-grams kept
-        per row.
+    Args: block: None is the first memory; corpus: n-grams counted under this memory's hash; norms: of this text and block,
+        where they are known already (`write_norms`); most: other n-grams kept per row.
     Raises: ValueError for a position outside the text, an empty text, or a model or block without memory.
     """
     site = site_of(model, block)
@@ -138,18 +139,18 @@ def token_memory(
     rows = []
     for n, window in enumerate(of_order):
         addresses = addresses_of_mix(ngram_hash, site.block, window.order, int(mix[n]))
-        norms = np.linalg.norm(site.rows.read(np.array([a.row for a in addresses], dtype=np.int64)), axis=1)
+        lengths = np.linalg.norm(site.rows.read(np.array([a.row for a in addresses], dtype=np.int64)), axis=1)
         text_of = SEPARATOR.join(ngram_parts(site, model, window.ids[position]))
-        for address, norm in zip(addresses, norms, strict=True):
+        for address, length in zip(addresses, lengths, strict=True):
             others = _others(model, site, corpus, address, window.ids[position], most) if corpus else ()
-            rows.append(RowRead(address, text_of, float(norm), others))
+            rows.append(RowRead(address, text_of, float(length), others))
     dilation, taps = (site.conv.dilation, site.conv.taps.shape[-1]) if site.conv else (1, 1)
     return TokenMemory(
         model=model.identity.name,
         block=site.block,
         position=position,
         rows=tuple(rows),
-        **_norms(model, text, position, site.block),
+        **(norms or write_norms(model, text, site.block)).at(position),
         sources=tuple(s for s in range(position, position - taps * dilation, -dilation) if s >= 0),
         corpus_tokens=corpus.tokens if corpus else 0,
         provenance=Provenance(
@@ -197,23 +198,37 @@ def _others(model: MemoryModel, site, corpus: NgramCounts, address: SlotAddress,
     return tuple((SEPARATOR.join(ngram_parts(site, model, found.ids[i])), int(found.count[i])) for i in rows)
 
 
-def _norms(model: MemoryModel, text: str, position: int, block: int) -> dict[str, float]:
-    """Norms of u, c, Y and h at one position, from the window that adds it."""
+@dataclass(frozen=True, eq=False)
+class WriteNorms:
+    """Norms of u, c, Y and h of one memory at every token of a text, over all branches together, in residual units."""
+
+    gated: Float[np.ndarray, " T"]
+    conv: Float[np.ndarray, " T"]
+    write: Float[np.ndarray, " T"]
+    hidden: Float[np.ndarray, " T"]
+
+    def at(self, position: int) -> dict[str, float]:
+        """The four norms at one position, named as in `TokenMemory`."""
+        return {f"{name}_norm": float(values[position]) for name, values in vars(self).items()}
+
+
+def write_norms(model: MemoryModel, text: str, block: int, *, limit: int = 8192) -> WriteNorms:
+    """Read a text once; a memory without convolution has a `conv` of zeros.
+
+    Raises: ValueError for an empty or too long text.
+    """
     names = {
-        "gated_norm": f"blocks.{block}.engram.hook_gated_value",
-        "conv_norm": f"blocks.{block}.engram.hook_conv_out",
-        "write_norm": f"blocks.{block}.hook_engram_out",
-        "hidden_norm": f"blocks.{block}.hook_resid_pre",
+        "gated": f"blocks.{block}.engram.hook_gated_value",
+        "conv": f"blocks.{block}.engram.hook_conv_out",
+        "write": f"blocks.{block}.hook_engram_out",
+        "hidden": f"blocks.{block}.hook_resid_pre",
     }
-    names = {key: name for key, name in names.items() if name in model.hook_dict}
-    first = 0
-    for window in windows(model, text):
-        added = window.tokens.shape[1] - window.keep.start
-        if position < first + added:
+    there = [name for name in names.values() if name in model.hook_dict]
+    parts: dict[str, list[np.ndarray]] = {key: [] for key in names}
+    for window in windows(model, text, limit=limit):
+        _, cache = model.run_with_cache(window.tokens, there)
+        for key, name in names.items():
             # a memory without convolution never calls its hook, so what was recorded decides
-            _, cache = model.run_with_cache(window.tokens, list(names.values()))
-            at = window.keep.start + position - first
-            norms = {k: float(cache[n][0, at].float().norm()) for k, n in names.items() if n in cache}
-            return {"gated_norm": 0.0, "conv_norm": 0.0, "write_norm": 0.0, "hidden_norm": 0.0} | norms
-        first += added
-    raise ValueError(f"expected a position in [0, {first}), found {position}")
+            values = cache[name][0].float().flatten(1).norm(dim=1) if name in cache else window.tokens[0].float() * 0
+            parts[key].append(values[window.keep].numpy())
+    return WriteNorms(**{key: np.concatenate(values).astype(np.float64) for key, values in parts.items()})
