@@ -311,14 +311,14 @@ def test_sessions_in_parallel_stay_apart_and_memory_stays_flat(tab, server):
     }
     done, settled = dict.fromkeys(use, 0), None
     started = time.monotonic()
-    while (elapsed := time.monotonic() - started) < seconds:
+    while (elapsed := time.monotonic() - started) < seconds or sum(done.values()) < 4 * sessions:
         at = rng.randrange(sessions)
         action = rng.choices(list(use), weights=[6, 2, 2, 1])[0]
         use[action](pages[at])
         done[action] += 1
         pages[at].wait_for_selector(".token")
         assert "".join(tokens_of(pages[at])[1:]).replace("·", " ") == texts[at], "another session's text"
-        if settled is None and elapsed > seconds / 4:
+        if settled is None and elapsed > seconds / 4 and sum(done.values()) >= sessions:
             settled = resident_megabytes(server)
     for page, text in zip(pages, texts, strict=True):
         quiet(page)
@@ -328,5 +328,4 @@ def test_sessions_in_parallel_stay_apart_and_memory_stays_flat(tab, server):
     print(
         f"{sessions} sessions, {seconds} s, {done}; server {settled:.0f} MB after a quarter, {grown:+.0f} MB at the end"
     )
-    assert sum(done.values()) >= sessions
     assert grown < 0.1 * settled, f"the server grew by {grown:.0f} MB"
