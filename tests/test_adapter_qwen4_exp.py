@@ -19,42 +19,7 @@ from engram_interp.models.adapters.tensors import AdapterError
 from engram_interp.models.check import check_model
 from engram_interp.models.protocol import MemoryModel, ModelIdentity
 from engram_interp.models.site import sites_of
-
-EOS = 1
-
-
-def qwen_config(vocab_size: int, **changes):
-    """A small text configuration in which every kind of layer occurs."""
-    from transformers import Qwen4ExpTextConfig
-
-    values = {
-        "vocab_size": vocab_size, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "moe_intermediate_size": 16,
-        "shared_expert_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "hc_count": 4,
-        "hc_lowrank": 8,
-        "ple_layer_ids": [2], "ple_embed_dim": 32, "heads_per_ngram": 4, "ngram_size": 3, "ngram_vocab_size_base": 101,
-        "make_ngram_vocab_size_divisible_by": 16, "split_ngram_parts": 4, "indexer_n_heads": 2, "indexer_kv_heads": 1,
-        "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 4, "eos_token_id": EOS,
-        "max_position_embeddings": 128,
-    }  # fmt: skip
-    return Qwen4ExpTextConfig(**(values | changes))
-
-
-def qwen_host(vocab_size: int, seed: int = 3, **changes):
-    """A random `Qwen4ExpForCausalLM` in which the convolution and the gains are not at their starting values."""
-    from transformers import Qwen4ExpForCausalLM
-
-    torch.manual_seed(seed)  # transformers draws its weights from the global generator
-    host = Qwen4ExpForCausalLM(qwen_config(vocab_size, **changes)).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
-    for layer in host.model.layers:
-        if layer.ple is None:
-            continue
-        for name, parameter in layer.ple.named_parameters():
-            std = 0.2 if "norm_" in name else 0.5
-            parameter.normal_(0, std, generator=generator)
-    return host
+from tests.foreign_checkpoints import EOS, qwen_host
 
 
 @pytest.fixture(scope="module")

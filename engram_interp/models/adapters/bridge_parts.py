@@ -115,3 +115,17 @@ def attached(taps: Sequence[Tap]) -> Iterator[None]:
             handle: AbstractContextManager = tap.attach()  # type: ignore[assignment]
             stack.enter_context(handle)
         yield
+
+
+def logit_scales(config: object) -> Iterator[Callable[[Tensor], Tensor]]:
+    """From the head's output to logits, as the known architectures do it: nothing, a soft cap, a scale."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap:
+        yield lambda logits: torch.tanh(logits / cap) * cap
+    else:
+        yield lambda logits: logits
+    for key in ("logits_scaling", "logit_scale"):
+        factor = getattr(config, key, None)
+        if factor and factor != 1:
+            yield lambda logits, factor=factor: logits / factor
+            yield lambda logits, factor=factor: logits * factor

@@ -11,6 +11,7 @@ float32.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
@@ -20,6 +21,7 @@ from engram_interp.memory.row_reader import RowReader, TableError
 from engram_interp.memory.safetensors_rows import SafetensorsRows
 from engram_interp.models.adapters.assemble import RESIDENT_BYTES, assemble_engram
 from engram_interp.models.adapters.hooked import StandaloneMemory
+from engram_interp.models.adapters.stored_head import open_stored_head
 from engram_interp.models.adapters.tensors import AdapterError, TensorFiles, fingerprint, read_config, read_json
 from engram_interp.models.checkpoint import CONFIG, load_tokenizer
 from engram_interp.models.protocol import ModelIdentity
@@ -90,7 +92,8 @@ def open_deepseek_v41(directory: Path, *, resident_bytes: int = RESIDENT_BYTES) 
         for index, block in enumerate(config.blocks)
     ]
     identity = ModelIdentity(directory.resolve().name, fingerprint(files.opened), directory.name, "deepseek_v41")
-    return StandaloneMemory(sites, tokenizer, identity)
+    head = partial(open_stored_head, files, tokenizer.get_vocab_size(), config.width)
+    return StandaloneMemory(sites, tokenizer, identity, head)
 
 
 def _load_config(directory: Path) -> DeepseekV41Config:

@@ -22,7 +22,13 @@ from engram_interp.memory import CompressedVocabulary, EngramOptions, NgramHash,
 from engram_interp.memory.row_reader import TableError
 from engram_interp.memory.safetensors_rows import SafetensorsRows
 from engram_interp.models.adapters.assemble import RESIDENT_BYTES, assemble_engram
-from engram_interp.models.adapters.hosted import HostedModel, HostLayout, load_host
+from engram_interp.models.adapters.hosted import (
+    HostedModel,
+    HostLayout,
+    load_host,
+    load_host_tokenizer,
+    weight_files,
+)
 from engram_interp.models.adapters.tensors import FLOATS, AdapterError, TensorFiles, fingerprint, read_config, read_json
 from engram_interp.models.checkpoint import CONFIG, load_tokenizer
 from engram_interp.models.protocol import ModelIdentity
@@ -53,6 +59,11 @@ class EngramPeftConfig(BaseModel):
     seed: int = Field(0, ge=0)
     layer_container_path: str | None = None
     engine: Literal["deepseek"] = "deepseek"
+    # What an adapter may also say and cannot be read from its folder alone: a table kept elsewhere, a LoRA beneath it.
+    table_source: Literal["memory"] = "memory"
+    prime_sizes: None = None
+    table_scale: None = None
+    wrap_peft: Literal[False] = False
 
     @model_validator(mode="after")
     def _consistent(self) -> EngramPeftConfig:
@@ -93,8 +104,8 @@ def open_engram_peft(
 ) -> EngramPeftModel:
     """Put an adapter on a Hugging Face base model.
 
-    Args: base: a model directory, or a causal language model already loaded (then `tokenizer` is a directory with its
-        tokenizer.json). resident_bytes: larger tables stay in their file.
+    Args: base: a model directory, a GGUF file, or a causal language model already loaded (then `tokenizer` is a
+        directory with its tokenizer.json). resident_bytes: larger tables stay in their file.
     Raises: AdapterError for anything missing, damaged, misshaped, or at odds with the base model or its tokenizer.
     """
     config = read_config(EngramPeftConfig, read_json(adapter / CONFIG), adapter / CONFIG)
@@ -102,7 +113,7 @@ def open_engram_peft(
         raise AdapterError(
             "expected the directory of the base model's tokenizer beside a loaded base model, found None"
         )
-    loaded_tokenizer = load_tokenizer(tokenizer or base)  # type: ignore[arg-type]
+    loaded_tokenizer = load_tokenizer(tokenizer) if tokenizer else load_host_tokenizer(base)  # type: ignore[arg-type]
     host = load_host(base) if isinstance(base, Path) else base
     layout = HostLayout.find(host, config.layer_container_path)
     if layout.width != config.hidden_size:
@@ -113,9 +124,11 @@ def open_engram_peft(
         )
     files = TensorFiles(adapter / WEIGHTS)
     sites = _open_sites(files, config, _vocabulary(config, loaded_tokenizer, adapter), resident_bytes)
-    weight_files = [*sorted(base.glob("*.safetensors")), *files.files] if isinstance(base, Path) else files.files
-    identity = ModelIdentity(adapter.resolve().name, fingerprint(weight_files), adapter.name, "engram_peft")
-    return EngramPeftModel(host, layout, sites, loaded_tokenizer, identity)
+    hashed = [*weight_files(base), *files.files] if isinstance(base, Path) else files.files
+    identity = ModelIdentity(adapter.resolve().name, fingerprint(hashed), adapter.name, "engram_peft")
+    model = EngramPeftModel(host, layout, sites, loaded_tokenizer, identity)
+    model.require_own_exit()
+    return model
 
 
 def _vocabulary(config: EngramPeftConfig, tokenizer, adapter: Path) -> CompressedVocabulary:  # noqa: ANN001
