@@ -1,4 +1,6 @@
-"""Tiny random checkpoints in other people's layouts: Qwen3.8-Flash-Next by transformers' own class, DeepSeek-V4.1 raw."""
+"""Tiny random checkpoints in other people's layouts: Qwen3.8-Flash-Next by transformers' own class, DeepSeek-V4.1's raw
+shards, engram-peft adapters and base models for them.
+"""
 
 from __future__ import annotations
 
@@ -116,3 +118,73 @@ def write_checkpoint(directory: Path, shape: dict, tokenizer: Tokenizer, seed: i
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (directory / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     return tensors
+
+
+PEFT_SHAPES = {
+    "as recorded": {"blocks": [1, 2], "orders": [2, 3], "heads": 4, "sizes": [800, 800], "mem": 32, "branches": 4},
+    "four-grams, one branch": {"blocks": [0], "orders": [2, 3, 4], "heads": 2, "sizes": [90, 110, 210], "mem": 24,
+                               "branches": 1},
+    "last block first, two branches": {"blocks": [2, 0], "orders": [2], "heads": 3, "sizes": [300], "mem": 12,
+                                       "branches": 2},
+}  # fmt: skip
+WIDTH, LAYERS, KERNEL = 32, 3, 3
+
+
+BASES = {
+    "Llama": {},
+    "GPT2": {"n_inner": 48},
+    "GPTNeoX": {},
+    "Gemma2": {"head_dim": 16, "final_logit_softcapping": 5.0},
+    "Granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0},
+    "Qwen2Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+                 "shared_expert_intermediate_size": 16},
+}  # fmt: skip
+
+
+def write_base(directory: Path, tokenizer: Tokenizer, kind: str = "Llama") -> Path:
+    """A tiny random model as transformers saves it."""
+    import transformers
+
+    torch.manual_seed(4)  # transformers draws its weights from the global generator
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.2,
+        **BASES[kind],
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    (directory / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    return directory
+
+
+def write_adapter(
+    directory: Path, shape: dict, tokenizer: Tokenizer, *, width: int = WIDTH, container: str | None = "model.layers"
+) -> Path:
+    """A random adapter in engram-peft's layout."""
+    rng, m = np.random.default_rng(6), shape["branches"]
+    draw = lambda *size, mean=0.0: torch.from_numpy(rng.normal(mean, 0.4, size)).float()  # noqa: E731
+    starts = [size // shape["heads"] for size in shape["sizes"]]
+    primes = assign_primes(starts, shape["heads"], len(shape["blocks"]))
+    tensors = {}
+    for block, block_primes in zip(sorted(shape["blocks"]), primes, strict=True):
+        sizes = [prime for order in block_primes for prime in order]
+        tensors |= {
+            f"{block}.multi_head_embedding.offsets": torch.tensor(np.cumsum([0, *sizes[:-1]])),
+            f"{block}.multi_head_embedding.embedding.weight": draw(sum(sizes), shape["mem"] // len(sizes)),
+            f"{block}.gating.w_v.weight": draw(width, shape["mem"]),
+            f"{block}.short_conv.conv.weight": draw(m * width, 1, KERNEL),
+        }
+        for i in range(m):
+            tensors[f"{block}.gating.w_k.{i}.weight"] = draw(width, shape["mem"])
+            for norm in ("gating.norm_h", "gating.norm_k", "short_conv.norms"):
+                tensors[f"{block}.{norm}.{i}.weight"] = draw(width, mean=1.0)
+    save_file(tensors, directory / "engram_adapters.safetensors", {"format": "engram-peft"})
+    config = {
+        "model_type": "engram", "engine": "deepseek", "target_layers": shape["blocks"], "ngram_sizes": shape["orders"],
+        "n_head_per_ngram": shape["heads"], "engram_vocab_size_per_ngram": shape["sizes"],
+        "embedding_dim": shape["mem"],
+        "hidden_size": width, "hc_mult": m, "conv_kernel_size": KERNEL, "conv_dilation": None,
+        "compressed_vocab_size": CompressedVocabulary.from_tokenizer(tokenizer).size,
+        "enable_tokenizer_compression": True, "pad_id": 2, "seed": 3, "layer_container_path": container,
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
@@ -94,6 +96,32 @@ def test_the_recorded_run_is_reproduced(shared: Path, capsys: pytest.CaptureFixt
     assert "WRONG" not in out
 
 
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_size_of_the_layout_passes(
+    tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Random orders, heads, streams, layers, widths and rows: every check holds, and the formula gives the write."""
+    draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    shape = {
+        "width": draw(1, 70), "hc_mult": draw(1, 5), "max_order": draw(2, 4), "heads": draw(1, 4),
+        "layer_ids": data.draw(st.permutations(range(4)).map(lambda order: order[: 1 + order[0] % 3])),
+        "head_dim": data.draw(st.sampled_from([1, 3, 16, 32, 64, 96])), "rows": draw(20, 300),
+    }  # fmt: skip
+    directory = tmp_path_factory.mktemp("any")
+    tensors = write_checkpoint(directory, shape, tokenizer, seed=draw(0, 99))
+    model = open_deepseek_v41(directory, resident_bytes=draw(0, 1) * 2**30)
+    report = check_model(model)
+    assert report.ok, [row for row in report.rows if not row.ok]
+    tokens = torch.randint(3, tokenizer.get_vocab_size(), (2, 6), generator=torch.Generator().manual_seed(1))
+    for site in sites_of(model):
+        hidden = torch.randn(2, 6, site.branches, site.width, generator=torch.Generator().manual_seed(2))
+        out = model(tokens, {site.block: hidden})[site.block]
+        prefix = f"layers.{site.block}.engram."
+        expected, _ = plain_forward(tensors, prefix, site.engram.ngram_hash.slots(tokens), site.offsets, hidden)
+        torch.testing.assert_close(out.double(), expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-4)
+
+
 def test_published_constants_of_the_release() -> None:
     """Rows, first and last primes and multipliers of DeepSeek-V4.1-Flash."""
     from engram_interp.memory import pcg64_multipliers
@@ -145,6 +173,10 @@ def test_hooks_change_the_write_and_are_gone_afterwards(toy: Path) -> None:
         ({"engram_compressed_vocab_size": 99092}, "the tokenizer compresses to"),
         ({"engram_vocab_size": 101}, "engram_num_embeddings says"),
         ({"engram_n_heads": 10**9}, "less than or equal to 1024"),
+        (
+            {"engram_n_heads": 1024, "engram_max_ngram_size": 64},
+            "expected at least [0-9]+ engram_num_embeddings by the heads",
+        ),
         ({"engram_n_heads": "4"}, "valid integer"),
         ({"engram_pad_token_id": 10**6}, "expected a pad id below"),
         ({"engram_layer_ids": [1, 3]}, "layers.3.engram.embed.weight"),

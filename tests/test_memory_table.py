@@ -263,6 +263,8 @@ def test_commands_print_json_and_tables(
     assert ask(commands.run_neighbours, path, 3, top=2)["searched"] == tiny_engram.engram(1).ngram_hash.sizes[0]
     changed = ask(commands.run_diff, weights, weights, tensor="blocks.1.engram.table.weight")
     assert (changed["changed"], changed["compared"]) == (0, tiny_engram.engram(1).ngram_hash.rows)
+    assert commands.run_diff(weights, weights, tensor="blocks.1.engram.table.weight") == 0
+    assert f"compared {changed['compared']}" in (said := capsys.readouterr().out) and "changed 0" in said
     assert commands.run_rows(path, out=tmp_path / "rows.html") == 0
     assert "plotly" in (tmp_path / "rows.html").read_text()
     assert commands.run_lookup(path, "the sea") == 0

@@ -58,6 +58,9 @@ class DeepseekV41Config(BaseModel):
             )
         if self.head_width > SCALE_BLOCK and self.head_width % SCALE_BLOCK:
             raise ValueError(f"expected engram_head_dim in whole blocks of {SCALE_BLOCK}, found {self.head_width}")
+        fewest = (self.max_order - 1) * self.heads * self.rows_per_head
+        if min(self.rows) < fewest:  # said before a prime is sought: a claim of many heads would take for ever
+            raise ValueError(f"expected at least {fewest} engram_num_embeddings by the heads, found {min(self.rows)}")
         if len(set(self.blocks)) != len(self.blocks) or not all(0 <= b < self.layers for b in self.blocks):
             raise ValueError(f"expected distinct engram_layer_ids in [0, {self.layers}), found {list(self.blocks)}")
         return self

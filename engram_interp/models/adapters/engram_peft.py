@@ -37,6 +37,7 @@ from engram_interp.shapes import Float, Tensor
 
 WEIGHTS = "engram_adapters.safetensors"
 VARIANT = "engram_peft_1_2"
+_OFFSETS = "{}.multi_head_embedding.offsets"
 
 
 class EngramPeftConfig(BaseModel):
@@ -149,6 +150,9 @@ def _open_sites(
     if config.pad_id >= vocabulary.raw_size:
         raise AdapterError(f"{files.path}: expected a pad id below {vocabulary.raw_size}, found {config.pad_id}")
     blocks = sorted(config.target_layers)  # primes are dealt out in this order
+    slots = len(config.ngram_sizes) * config.n_head_per_ngram
+    for block in blocks:  # before a prime is sought: a claim of many heads would take for ever
+        files.entry(_OFFSETS.format(block), ("I64",), (slots,))
     primes = assign_primes(config.rows_per_head, config.n_head_per_ngram, len(blocks))
     sites, read = [], set()
     for block, block_primes in zip(blocks, primes, strict=True):
@@ -179,7 +183,7 @@ def _open_site(
         return torch.stack([weight(name.format(branch), shape) for branch in range(m)])
 
     table_name = f"{block}.multi_head_embedding.embedding.weight"
-    offsets_name = f"{block}.multi_head_embedding.offsets"
+    offsets_name = _OFFSETS.format(block)
     read |= {table_name, offsets_name}
     entry = files.entry(table_name, FLOATS, (constants.rows or 0, config.head_width))
     stored = HashConstants(offsets=tuple(files.integers(offsets_name, (len(constants.offsets or ()),)).tolist()))

@@ -24,7 +24,8 @@ from transformer_lens.hook_points import HookPoint
 from engram_interp.memory.gguf_header import read_gguf_header
 from engram_interp.memory.row_reader import TableError
 from engram_interp.models.adapters.bridge_parts import logit_scales
-from engram_interp.models.adapters.hooked import HookedBlock, HookedMemory
+from engram_interp.models.adapters.hooked import HookedMemory
+from engram_interp.models.adapters.host_block import HostBlock
 from engram_interp.models.adapters.tensors import AdapterError, TensorFiles
 from engram_interp.models.checkpoint import load_tokenizer
 from engram_interp.models.protocol import ModelIdentity, NamesFilter
@@ -182,7 +183,9 @@ class HostedModel(HookedMemory):
         memories = {site.block: site.engram for site in self.sites}
         self.layout = layout
         self.hook_embed = HookPoint()
-        self.blocks = nn.ModuleList(HookedBlock(memories.get(i)) for i in range(len(layout.layers)))
+        self.blocks = nn.ModuleList(
+            HostBlock(memories.get(i), layer, layout.width) for i, layer in enumerate(layout.layers)
+        )
         self.setup()
         self.host = host  # after setup, so that no module of the host is renamed
         self._scale: Callable[[Tensor], Tensor] = lambda logits: logits
@@ -190,6 +193,7 @@ class HostedModel(HookedMemory):
         for index, layer in enumerate(layout.layers):
             layer.register_forward_pre_hook(self._entry_of(index), with_kwargs=True)
             layer.register_forward_hook(self._exit_of(index))
+            self.blocks[index].attach(layer)  # type: ignore[operator]
 
     @property
     def layers(self) -> int:
