@@ -255,6 +255,9 @@ def test_commands_print_json_and_tables(
     assert ask(commands.run_access, path, corpus, index=index)["tokens"] == direct["tokens"]
     hottest = ask(commands.run_access, path, corpus)["hottest"][0][0]
     assert ask(commands.run_read, path, hottest, index=index)["ngrams"]
+    ngram, count = ask(commands.run_read, path, hottest, vocab=False, index=index)["ngrams"][0]
+    assert commands.run_read(path, hottest, vocab=False, index=index) == 0
+    assert f"{count} {ngram}" in capsys.readouterr().out
     assert [h["read"] > 0 for h in ask(commands.run_rows, path)["heads"]] == [True] * 8
     assert [h["read"] for h in ask(commands.run_rows, path, stats=False)["heads"]] == [0] * 8
     weights = str(model / "model.safetensors")

@@ -159,7 +159,12 @@ def run_read(
     """
     model = _open(path, base=base)
     counts = _index(model, index, texts, block)
-    return _say(read_slot(model, row, block=block, top=top, vocab=vocab, index=counts), json, out)
+    reading = read_slot(model, row, block=block, top=top, vocab=vocab, index=counts)
+    _say(reading, json, out)
+    if not json and out is None and counts is not None:
+        found = "".join(f"\n  {count:>7} {ngram}" for ngram, count in reading.ngrams)
+        sys.stdout.write(f"read by these n-grams of the corpus:{found or ' none'}\n")
+    return 0
 
 
 def run_diff(

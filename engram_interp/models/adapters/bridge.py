@@ -36,6 +36,7 @@ from engram_interp.models.adapters.bridge_parts import (
 )
 from engram_interp.models.adapters.bridge_parts import state_hash as state_hash
 from engram_interp.models.cache import matching_hooks
+from engram_interp.models.checkpoint import TOKENIZER
 from engram_interp.models.lock import ModelLock
 from engram_interp.models.protocol import ModelIdentity, NamesFilter
 from engram_interp.models.text import show_tokens
@@ -293,12 +294,14 @@ def load_decoder(path: Path, *, name: str | None = None) -> HuggingFaceDecoder:
     No network. Raises: AdapterError (a ValueError) when there is nothing that can be opened without unpickling, or
         tensors are missing, extra or misshaped.
     """
-    from engram_interp.models.adapters.hosted import load_host, load_wrapped_tokenizer
+    from engram_interp.models.adapters.hosted import load_host, load_host_tokenizer, load_wrapped_tokenizer
 
     if not path.exists():
         raise AdapterError(f"expected a directory with a model or a GGUF file, found none at {path}")
     model = load_host(path)
-    return HuggingFaceDecoder(model, load_wrapped_tokenizer(path), name or path.resolve().stem)
+    # The file itself where there is one, as adapters on this model read it: a wrapper may rebuild it by its class.
+    tokenizer = load_host_tokenizer(path) if (path / TOKENIZER).is_file() else load_wrapped_tokenizer(path)
+    return HuggingFaceDecoder(model, tokenizer, name or path.resolve().stem)
 
 
 def _require_float32(model: nn.Module) -> None:
