@@ -141,13 +141,13 @@ BASES = {
 }  # fmt: skip
 
 
-def write_base(directory: Path, tokenizer: Tokenizer, kind: str = "Llama") -> Path:
+def write_base(directory: Path, tokenizer: Tokenizer, kind: str = "Llama", layers: int = LAYERS) -> Path:
     """A tiny random model as transformers saves it."""
     import transformers
 
     torch.manual_seed(4)  # transformers draws its weights from the global generator
     config = getattr(transformers, f"{kind}Config")(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS,
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=layers,
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.2,
         **BASES[kind],
     )  # fmt: skip

@@ -127,17 +127,17 @@ def test_ablated_generation_is_the_same_with_cached_states(kind, directories, st
     assert torch.equal(cached, whole)
 
 
-def test_gates_lens_similarity_and_patching(model, directories, texts, tokens):
+def test_gates_lens_similarity_and_patching(model, tokenizer, texts, tokens, tmp_path):
     gates = read_gates(model, texts[0])
     branches = model.engram(model.engram_layers[0]).options.branches
     assert gates.gates.shape == (tokens.shape[1], len(model.engram_layers), branches)
     recorded = model.run_with_cache(tokens, f"blocks.{model.engram_layers[0]}.engram.hook_gate")[1]
     assert np.array_equal(gates.gates[:, 0], next(iter(recorded.values()))[0].numpy())
     assert {row.layer for row in record_gates(model, texts[:4]).summaries} == set(model.engram_layers)
-    baseline = open_decoder(directories["engram_peft"][1])  # any Hugging Face model is one
+    baseline = open_decoder(write_base(tmp_path, tokenizer, layers=model.layers))  # any Hugging Face model is one
     comparison = compare_lens(*(logit_lens_kl(m, list(texts[:6])) for m in (model, baseline)))
     assert comparison.overall.documents == 6
-    heatmap = cka_heatmap(model, baseline, list(texts), "all", permutations=2)
+    heatmap = cka_heatmap(model, baseline, list(texts), "all", k=2, permutations=2)
     assert heatmap.matrix.values.shape == (baseline.layers + 1, model.layers + 1)
     answers = (" London", " Paris")
     effects = patch_memory(model, "The Prince of Wales lives in", "The Prince of London lives in", answers)
