@@ -153,7 +153,8 @@ def _v41_vocabulary(file: GgufFile, tokenizer: Tokenizer | None) -> CompressedVo
         if not np.array_equal(vocabulary.token_map, token_map):
             raise AdapterError(
                 f"{file.path}: expected the {TOKENIZER} beside it to compress as engram.token_map does "
-                f"({len(token_map)} tokens onto {token_map.max() + 1}), found {vocabulary.raw_size} onto {vocabulary.size}"
+                f"({len(token_map)} tokens onto {token_map.max() + 1}), "
+                f"found {vocabulary.raw_size} onto {vocabulary.size}"
             )
         return vocabulary
     return CompressedVocabulary(token_map, tuple(map(str, range(int(token_map.max()) + 1))))

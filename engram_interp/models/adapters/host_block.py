@@ -55,8 +55,8 @@ class HostBlock(HookedBlock):
         if hasattr(self, "mlp"):
             shape: list[torch.Size] = []
             parts["mlp"].register_forward_pre_hook(lambda _, args: shape.append(args[0].shape[:-1]))
-            experts = _experts(parts["mlp"])
-            experts.register_forward_pre_hook(lambda _, args: self._weigh(args, shape.pop()))  # type: ignore[union-attr]
+            if (experts := _experts(parts["mlp"])) is not None:
+                experts.register_forward_pre_hook(lambda _, args: self._weigh(args, shape.pop()))
 
     def _leave(self, point: HookPoint):  # noqa: ANN202 - a PyTorch hook
         def leave(_: nn.Module, __: tuple, output: Tensor | tuple) -> Tensor | tuple:

@@ -114,7 +114,9 @@ def load_host_tokenizer(path: Path) -> Tokenizer:
 
     Raises: AdapterError or CheckpointError when there is none that can be read.
     """
-    return load_wrapped_tokenizer(path).backend_tokenizer if path.suffix == ".gguf" else load_tokenizer(path)  # type: ignore[attr-defined]
+    if path.suffix == ".gguf":
+        return load_wrapped_tokenizer(path).backend_tokenizer  # type: ignore[attr-defined]
+    return load_tokenizer(path)
 
 
 def load_wrapped_tokenizer(path: Path) -> object:
@@ -283,7 +285,9 @@ class HostedModel(HookedMemory):
 
         Raises: AdapterError when there is none: a lens would not end at the host's own prediction.
         """
-        tokens = torch.arange(min(5, self.vocab_size))[None]
+        padding = self._require_tokenizer().padding or {}
+        ids = [token for token in range(min(6, self.vocab_size)) if token != padding.get("pad_id")]
+        tokens = torch.tensor([ids])
         residuals, logits = self.residuals(tokens), self(tokens)
         for scale in logit_scales(self.host.config.get_text_config()):  # type: ignore[union-attr, operator]
             self._scale = scale

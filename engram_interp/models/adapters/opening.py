@@ -48,7 +48,8 @@ def kind_of(path: Path) -> str:
         return "demo"
     if not (path / CONFIG).is_file():
         raise AdapterError(
-            f"{path}: expected a model directory with {CONFIG}, a GGUF file, a demo recording (.npz), or one of {BUNDLED}"
+            f"{path}: expected a model directory with {CONFIG}, a GGUF file, a demo recording (.npz), "
+            f"or one of {BUNDLED}"
         )
     values = read_json(path / CONFIG)
     model_type = values.get("model_type")
@@ -77,8 +78,9 @@ def open_model(
 ) -> HouseModel | HookedMemory:
     """Open a bundled model by name, or any recognised directory or file.
 
-    Args: base: the base model's directory or GGUF file, for an engram-peft adapter and nothing else. memory_only: of a qwen4_exp
-        checkpoint, open the memories without the model; None does so when its files exceed `WHOLE_MODEL_BYTES`.
+    Args: base: the base model's directory or GGUF file, for an engram-peft adapter and nothing else. memory_only: of a
+        qwen4_exp checkpoint, open the memories without the model; None does so when its files exceed
+        `WHOLE_MODEL_BYTES`.
     Raises: CheckpointError (AdapterError) with one message that says what was expected and what was found.
     """
     if str(path) in BUNDLED and base is None:
