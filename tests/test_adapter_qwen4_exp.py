@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 from pathlib import Path
@@ -17,44 +16,9 @@ from engram_interp.models.adapters.qwen4_exp import Qwen4ExpModel, open_qwen4_ex
 from engram_interp.models.adapters.qwen4_exp_memory import open_qwen4_exp_memory
 from engram_interp.models.adapters.tensors import AdapterError
 from engram_interp.models.check import check_model
-from engram_interp.models.protocol import MemoryModel, ModelIdentity
+from engram_interp.models.protocol import MemoryModel
 from engram_interp.models.site import sites_of
-
-EOS = 1
-
-
-def qwen_config(vocab_size: int, **changes):
-    """A small text configuration in which every kind of layer occurs."""
-    from transformers import Qwen4ExpTextConfig
-
-    values = {
-        "vocab_size": vocab_size, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "moe_intermediate_size": 16,
-        "shared_expert_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "hc_count": 4,
-        "hc_lowrank": 8,
-        "ple_layer_ids": [2], "ple_embed_dim": 32, "heads_per_ngram": 4, "ngram_size": 3, "ngram_vocab_size_base": 101,
-        "make_ngram_vocab_size_divisible_by": 16, "split_ngram_parts": 4, "indexer_n_heads": 2, "indexer_kv_heads": 1,
-        "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 4, "eos_token_id": EOS,
-        "max_position_embeddings": 128,
-    }  # fmt: skip
-    return Qwen4ExpTextConfig(**(values | changes))
-
-
-def qwen_host(vocab_size: int, seed: int = 3, **changes):
-    """A random `Qwen4ExpForCausalLM` in which the convolution and the gains are not at their starting values."""
-    from transformers import Qwen4ExpForCausalLM
-
-    torch.manual_seed(seed)  # transformers draws its weights from the global generator
-    host = Qwen4ExpForCausalLM(qwen_config(vocab_size, **changes)).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
-    for layer in host.model.layers:
-        if layer.ple is None:
-            continue
-        for name, parameter in layer.ple.named_parameters():
-            std = 0.2 if "norm_" in name else 0.5
-            parameter.normal_(0, std, generator=generator)
-    return host
+from tests.foreign_checkpoints import EOS, qwen_host
 
 
 @pytest.fixture(scope="module")
@@ -256,16 +220,37 @@ def test_published_constants() -> None:
         {"ngram_size": 4, "heads_per_ngram": 2, "ple_embed_dim": 36, "hc_count": 2},
         {"ple_layer_ids": [1, 3], "ngram_vocab_size_base": 53, "heads_per_ngram": 2, "ple_conv_kernel_size": 3},
         {"ngram_size": 2, "heads_per_ngram": 1, "hidden_size": 48, "ple_embed_dim": 24},
+        {
+            "ngram_size": 4,
+            "heads_per_ngram": 3,
+            "ple_embed_dim": 27,
+            "ple_layer_ids": [1, 2, 3],
+            "split_ngram_parts": 7,
+        },
     ],
 )
-def test_other_sizes_pass_too(tokenizer: Tokenizer, tokens: torch.Tensor, changes: dict) -> None:
+def test_other_sizes_pass_too(tokenizer: Tokenizer, tokens: torch.Tensor, changes: dict, tmp_path: Path) -> None:
+    """Saved by transformers over several files, its table in shards, and opened whole and as memories alone."""
     host = qwen_host(tokenizer.get_vocab_size(), seed=9, **changes)
     with torch.no_grad():
         expected = host(input_ids=tokens, use_cache=False).logits
-    model = Qwen4ExpModel.wrap(host, tokenizer, ModelIdentity("other", "", "memory", "qwen4_exp"))
-    assert torch.equal(model(tokens), expected)
-    report = check_model(model)
-    assert report.ok, [row for row in report.rows if not row.ok]
+    host.save_pretrained(tmp_path, max_shard_size="60KB")
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    model = open_model(tmp_path)
+    logits, cache = model.run_with_cache(tokens)
+    assert torch.equal(logits, expected)
+    memory = open_model(tmp_path, memory_only=True)
+    assert memory.engram_layers == model.engram_layers == tuple(i - 1 for i in host.config.ple_layer_ids)
+    for opened in (model, memory):
+        report = check_model(opened)
+        assert report.ok, [row for row in report.rows if not row.ok]
+    streams = {block: cache[f"blocks.{block}.hook_resid_pre"] for block in model.engram_layers}
+    _, alone = memory.run_with_cache(tokens, streams)
+    for block in model.engram_layers:
+        slots, write = f"blocks.{block}.engram.hook_slots", f"blocks.{block}.hook_engram_out"
+        assert torch.equal(alone[slots], cache[slots])
+        torch.testing.assert_close(alone[write], cache[write], atol=1e-5, rtol=1e-5)
 
 
 def copy_with(directory: Path, target: Path, **config: object) -> Path:
@@ -291,28 +276,6 @@ def test_damaged_checkpoints_give_one_clear_error(directory: Path, tmp_path_fact
     (tricked / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(AdapterError, match="plain .* file name"):
         open_model(tricked)
-
-
-def test_gates_and_every_ablation_that_needs_no_data_work(model: Qwen4ExpModel) -> None:
-    """The probes' own calls: the gates of a text, and each kind of `ablate` changes the logits and gives them back."""
-    from engram_interp.hooks import KINDS, ablate
-    from engram_interp.probes.gates import read_gates
-
-    gates = read_gates(model, "The river Seine flows through Paris.")
-    assert gates.gates.shape == (len(gates.tokens), len(model.engram_layers), 4)
-    tokens = model.to_tokens("By the way, Alexander the Great was a king of Macedon.")
-    before, worked = model(tokens), []
-    for kind in KINDS.values():
-        parameters = list(inspect.signature(kind.build).parameters.values())[1:]
-        if kind.needs or kind.control or any(p.default is p.empty and p.name != "statistics" for p in parameters):
-            continue
-        branches = [0] if kind.name == "branches" else None
-        with ablate(model, kind.name, branches=branches):
-            changed = (model(tokens) - before).abs().max()
-        if changed > 1e-5:
-            worked.append(kind.name)
-        assert torch.equal(model(tokens), before)
-    assert {"output_zero", "embedding_zero"} <= set(worked), worked
 
 
 def test_a_bad_token_is_named(model: Qwen4ExpModel) -> None:

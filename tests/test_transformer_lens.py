@@ -155,6 +155,27 @@ def test_entry_point_names_the_adapter():
     assert ArchitectureAdapterFactory._adapters[architecture.ARCHITECTURE] is adapter
 
 
+def test_what_the_entry_point_alone_can_do(engram_export, tiny_engram, texts, monkeypatch):
+    """Bridging a loaded model needs nothing but the installed entry point. Booting from a directory needs
+    `register_architecture()`: transformers knows no plugins, and TransformerLens looks into its own list first.
+    """
+    from transformer_lens.model_bridge.sources import _hf_format
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
+    if not any(point.name == architecture.ARCHITECTURE for point in entry_points(group=GROUP)):
+        pytest.skip("a checkout that is not installed has no entry point")
+    untouched = {k: v for k, v in architecture.SUPPORTED_ARCHITECTURES.items() if k != architecture.ARCHITECTURE}
+    monkeypatch.setattr(ArchitectureAdapterFactory, "_adapters", dict(untouched))
+    monkeypatch.setattr(ArchitectureAdapterFactory, "_entry_points_discovered", False)
+    monkeypatch.setattr(_hf_format.architecture_adapter_factory, "SUPPORTED_ARCHITECTURES", untouched)
+    model = EngramHouseForCausalLM.from_pretrained(engram_export)
+    with pytest.raises(ValueError, match="Could not determine supported architecture"):
+        TransformerBridge.boot_transformers(str(engram_export), hf_model=model, device="cpu")
+    bridge = build_bridge_from_module(model, architecture.ARCHITECTURE, hf_config=model.config)
+    tokens = tiny_engram.to_tokens(texts[0])
+    assert bridge(tokens).equal(tiny_engram(tokens))
+
+
 def test_bridge_gives_the_same_logits_and_tokens(house, bridge, texts):
     tokens = padded(house, texts)
     assert bridge(tokens).equal(house(tokens))

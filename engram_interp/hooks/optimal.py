@@ -60,7 +60,7 @@ def fit_optimal_constants(
 
 
 def _backward(
-    model: MemoryModel, constants: dict[int, Float[Tensor, "M D"]], tokens: Int64[Tensor, "1 T"], texts: int
+    model: MemoryModel, constants: dict[int, Float[Tensor, "streams D"]], tokens: Int64[Tensor, "1 T"], texts: int
 ) -> float:
     hooks = [hook for block, constant in constants.items() for hook in replace_write(Site(model, block), constant)]
     with torch.enable_grad(), model.hooks(hooks):

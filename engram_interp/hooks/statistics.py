@@ -33,16 +33,16 @@ class BlockStatistics:
     silenced.
     """
 
-    write_mean: Float[Tensor, "M D"]
+    write_mean: Float[Tensor, "streams D"]
     write_norm: float
     gate_mean: Float[Tensor, " M"]
     embedding_mean: Float[Tensor, " mem"]
-    donors: Float[Tensor, "R M D"]
+    donors: Float[Tensor, "R streams D"]
     use: Int64[Tensor, " rows"] | None
     attn_gain: float
     mlp_gain: float
     expert_sizes: tuple[float, ...]
-    optimal: Float[Tensor, "M D"] | None = None
+    optimal: Float[Tensor, "streams D"] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -45,6 +46,18 @@ class GgufHeader:
 
     metadata: dict[str, MetadataValue]
     tensors: dict[str, GgufTensor]
+
+
+def gguf_package() -> ModuleType:
+    """The `gguf` package, which knows block sizes and how to dequantise.
+
+    Raises: TableError when it is not installed.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise TableError("reading GGUF needs the package gguf; install engram-interp[formats]") from None
+    return gguf
 
 
 class _Cursor:
@@ -145,12 +158,11 @@ def _tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 def _tensor(
     cursor: _Cursor, name: str, shape: tuple[int, ...], kind: int, offset: int, data_start: int, alignment: int
 ) -> GgufTensor:
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
+    gguf = gguf_package()
     where = f"{cursor.path}: {name[:80]!r}"
-    if kind not in set(GGMLQuantizationType):
+    if kind not in set(gguf.GGMLQuantizationType):
         raise TableError(f"{where}: expected a known GGML type, found {kind}")
-    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
     width = shape[-1] if shape else 1
     if width % block:
         raise TableError(f"{where}: expected rows of whole blocks of {block}, found width {width}")

@@ -44,7 +44,10 @@ class NgramIndex:
                 f"{directory}: expected an n-gram index, found none that can be read ({error})"
             ) from None
         if found != (expected := _fingerprint(ngram_hash)):
-            raise NgramIndexError(f"{directory}: expected an index of hash {expected[:12]}, found {str(found)[:12]}")
+            raise NgramIndexError(
+                f"{directory}: expected an index of hash {expected[:12]}, found that of another memory or tokenizer "
+                f"({str(found)[:12]}); choose another directory"
+            )
         self.directory = directory
 
     def parts(self, order: int) -> Iterator[NgramTable]:

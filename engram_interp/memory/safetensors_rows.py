@@ -56,6 +56,21 @@ _TABLE_DTYPES = ("F32", "F16", "BF16", "F8_E4M3")
 _SCALE_DTYPES = ("F8_E8M0", "F32", "BF16")
 
 
+def decode_blocks(
+    codes: UInt8[np.ndarray, "n width"], scales: UInt8[np.ndarray, "n blocks"]
+) -> Float32[np.ndarray, "n width"]:
+    """FP8 E4M3 codes times their E8M0 scales, each for `width / blocks` columns."""
+    return _scaled(_E4M3[codes], _E8M0[scales])
+
+
+def _scaled(
+    values: Float32[np.ndarray, "n width"], scales: Float32[np.ndarray, "n blocks"]
+) -> Float32[np.ndarray, "n width"]:
+    blocks = values.reshape(*scales.shape, values.shape[1] // scales.shape[1])
+    with np.errstate(over="ignore"):  # 448 times 2^127 is inf, as in every other program
+        return (blocks * scales[:, :, None]).reshape(values.shape)
+
+
 class SafetensorsRows:
     """Rows of one two-dimensional tensor.
 
@@ -75,8 +90,8 @@ class SafetensorsRows:
                 f"{entry.path}: {entry.name} is FP8; expected a tensor of block scales beside it, found none"
             )
         if scale is not None:
-            rows, self._blocks = _require_matrix(scale, _SCALE_DTYPES)
-            if rows != self.rows or self._blocks == 0 or self.width % self._blocks:
+            rows, blocks = _require_matrix(scale, _SCALE_DTYPES)
+            if rows != self.rows or blocks == 0 or self.width % blocks:
                 raise TableError(
                     f"{scale.path}: {scale.name}: expected scales [{self.rows}, a divisor of {self.width}], "
                     f"found {list(scale.shape)}"
@@ -88,10 +103,7 @@ class SafetensorsRows:
         values = self._decode(self._bytes.read(indices))
         if self._scale is None:
             return values
-        scales = self._decode_scale(self._scale.read(indices))
-        blocks = values.reshape(len(indices), self._blocks, self.width // self._blocks)
-        with np.errstate(over="ignore"):  # 448 times 2^127 is inf, as in every other program
-            return (blocks * scales[:, :, None]).reshape(len(indices), self.width)
+        return _scaled(values, self._decode_scale(self._scale.read(indices)))
 
 
 def _require_matrix(entry: TensorEntry, dtypes: tuple[str, ...]) -> tuple[int, int]:

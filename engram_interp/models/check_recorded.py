@@ -21,7 +21,7 @@ from transformer_lens import ActivationCache
 
 from engram_interp.models.check_report import CheckRow, worst_element
 from engram_interp.models.site import EngramSite, sites_of
-from engram_interp.shapes import Shaped, Tensor
+from engram_interp.shapes import Float, Int64, Shaped, Tensor
 
 TOLERANCE = 1e-4
 _LAYER = re.compile(r"^L(\d+)\.(.+)$")
@@ -40,11 +40,11 @@ def recorded_rows(model: object, path: Path) -> list[CheckRow]:
 
     Raises: RecordingError for a file that is not a readable recording, or belongs to other memories.
     """
-    arrays = _read(path)
-    tokens = _tokens(arrays, path)
+    arrays = read_recording(path)
+    tokens = recorded_tokens(arrays, path)
     sites = {site.block: site for site in sites_of(model)}
     rows, by_block = [], _by_block(arrays, path, sites)
-    found_logits, captured = _run(model, tokens, by_block)
+    found_logits, captured = _run(model, tokens, {block: sites[block] for block in by_block}, arrays)
     for block, quantities in by_block.items():
         computed = _computed(sites[block], captured[block], tokens)
         compared = {name: expected for name, expected in quantities.items() if not _is_input(model, name)}
@@ -64,15 +64,15 @@ def _is_input(model: object, name: str) -> bool:
 
 
 def _run(
-    model: object, tokens: Tensor, by_block: Mapping[int, Mapping[str, Array]]
+    model: object, tokens: Tensor, sites: Mapping[int, EngramSite], arrays: Mapping[str, Array]
 ) -> tuple[Array | None, dict[int, dict[str, Tensor]]]:
     """Logits (of a whole model) and, by block, every record of the memory."""
     if hasattr(model, "exit_hidden"):
         logits, cache = model.run_with_cache(tokens)  # type: ignore[attr-defined]
-        return logits.numpy(), {block: _records(cache, block) for block in by_block}
-    hidden = {block: _hidden(model, block, quantities, tokens) for block, quantities in by_block.items()}
+        return logits.numpy(), {block: _records(cache, block) for block in sites}
+    hidden = {block: recorded_hidden(site, arrays, tokens) for block, site in sites.items()}
     _, cache = model.run_with_cache(tokens, {b: h for b, h in hidden.items() if h is not None})  # type: ignore[attr-defined]
-    return None, {block: _records(cache, block) if hidden[block] is not None else {} for block in by_block}
+    return None, {block: _records(cache, block) if hidden[block] is not None else {} for block in sites}
 
 
 def _records(cache: ActivationCache, block: int) -> dict[str, Tensor]:
@@ -80,11 +80,17 @@ def _records(cache: ActivationCache, block: int) -> dict[str, Tensor]:
     return {name.rpartition("hook_")[2]: value for name, value in cache.items() if name.startswith(head)}
 
 
-def _hidden(model: object, block: int, quantities: Mapping[str, Array], tokens: Tensor) -> Tensor | None:
-    if "hidden_in" not in quantities:
+def recorded_hidden(
+    site: EngramSite, arrays: Mapping[str, Array], tokens: Int64[Tensor, "B T"]
+) -> Float[Tensor, "B T M D"] | None:
+    """The streams before a memory, float32; None when they were not recorded.
+
+    Raises: RecordingError for another shape or type.
+    """
+    array = arrays.get(f"L{site.block}.hidden_in")
+    if array is None:
         return None
-    options = model.engram(block).options  # type: ignore[attr-defined]
-    expected, array = (*tokens.shape, options.branches, options.width), quantities["hidden_in"]
+    expected, block = (*tokens.shape, site.branches, site.width), site.block
     if array.shape != expected or array.dtype.kind != "f":
         raise RecordingError(
             f"L{block}.hidden_in: expected floats of shape {expected}, found {array.dtype} {array.shape}"
@@ -136,7 +142,11 @@ def _by_block(arrays: Mapping[str, Array], path: Path, sites: Mapping[int, Engra
     return found
 
 
-def _tokens(arrays: Mapping[str, Array], path: Path) -> Tensor:
+def recorded_tokens(arrays: Mapping[str, Array], path: Path) -> Int64[Tensor, "B T"]:
+    """`input_ids`.
+
+    Raises: RecordingError when they are missing or not integers [B, T].
+    """
     ids = arrays.get("input_ids")
     if ids is None or ids.ndim != 2 or ids.dtype.kind not in "iu":
         what = "none" if ids is None else f"{ids.dtype} {list(ids.shape)}"
@@ -144,7 +154,11 @@ def _tokens(arrays: Mapping[str, Array], path: Path) -> Tensor:
     return torch.from_numpy(ids.astype(np.int64))
 
 
-def _read(path: Path) -> dict[str, Array]:
+def read_recording(path: Path) -> dict[str, Array]:
+    """Every array of a recording by name.
+
+    Raises: RecordingError for a file that is not a readable `.npz`, or holds pickled objects.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}

@@ -22,18 +22,20 @@ def run_cka(
     k: int = PAPER_K,
     permutations: int = 100,
     seed: int = 0,
+    base: Path | None = None,
     as_json: bool = False,
     out: Path | None = None,
 ) -> int:
     """Compare two models on the texts of a file (one per line, or .jsonl), or on the bundled gallery, whose entities are marked.
 
-    Args: positions: by default `entity_final` on the gallery and `one_per_document` on a file; out: write the result
-        here too (`.json`, `.html` for the figure, `.csv` for the cells).
+    Args: positions: by default `entity_final` on the gallery and `one_per_document` on a file; base: the base model of the
+        engram-peft adapters among the models; out: write the result here too (`.json`, `.html` for the figure, `.csv`
+        for the cells).
     Raises: ValueError for an empty text file, `entity_final` on plain texts, a memory without its backbone, or whatever
         `cka_heatmap` refuses.
     """
     from engram_interp.gallery import load_gallery
-    from engram_interp.models.adapters.opening import open_decoder
+    from engram_interp.models.adapters.opening import open_decoders
     from engram_interp.probes.similarity import cka_heatmap
 
     _require_suffix(out)
@@ -41,9 +43,10 @@ def run_cka(
     if texts is not None and positions == "entity_final":
         raise ValueError("a plain text file marks no entities: use positions one_per_document or all, or the gallery")
     positions = positions or ("entity_final" if texts is None else "one_per_document")
-    models = (open_decoder(engram), open_decoder(baseline))
-    other = open_decoder(control) if control else None
-    result = cka_heatmap(*models, lines, positions, control=other, k=k, permutations=permutations, seed=seed)
+    names = [engram, baseline] if control is None else [engram, baseline, control]
+    opened = open_decoders(*names, base=base)
+    other = opened[2] if control else None
+    result = cka_heatmap(*opened[:2], lines, positions, control=other, k=k, permutations=permutations, seed=seed)
     summary = [f"CKA of {result.matrix.n} rows, {result.matrix.documents} documents, {positions}"]
     summary += [result.depths().to_string(index=False, float_format="%.2f")]
     summary += [claim.sentence for claim in result.claims] + [f"warning: {w}" for w in result.warnings]

@@ -144,6 +144,11 @@ def _require_memory(model: MemoryModel) -> tuple[int, ...]:
     layers = tuple(getattr(model, "engram_layers", ()))
     if not layers:
         raise ValueError(f"model {model.identity.name!r} has no memory to look at (no Engram layer)")
+    if not hasattr(model, "exit_hidden"):
+        raise ValueError(
+            f"model {model.identity.name!r} was opened without its backbone, so there are no hidden states to gate; "
+            "capture them elsewhere and give them as a recording (read_recorded_gates, gates --recorded)"
+        )
     return layers
 
 

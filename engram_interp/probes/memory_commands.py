@@ -1,7 +1,8 @@
 """`engram-interp memory ...`: open a model or a bare table, ask one question, print the answer.
 
-PATH is a bundled name, a model directory, or a table file (`.safetensors`, `.gguf`, an index; any directory if `tensor`
-is given). Questions that need a hash or an unembedding need a model; `rows`, `neighbours` and `diff` take either.
+PATH is a bundled name, a model directory, a GGUF file, or a table file (`.safetensors`, an index; any of them if
+`tensor` is given). Questions that need a hash or an unembedding need a model; `rows`, `neighbours` and `diff` take
+either.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from engram_interp.probes.memory_rows import access_report, diff_tables, row_sta
 from engram_interp.probes.memory_site import AddressedModel, hash_of, site_of, token_ids
 from engram_interp.probes.memory_table import lookup, neighbours, read_slot
 
-ModelPath = Positional[Annotated[str, arg(help="a bundled name or a model directory")]]
-SourcePath = Positional[Annotated[str, arg(help="a bundled name, a model directory, or a table file")]]
+ModelPath = Positional[Annotated[str, arg(help="a bundled name, a model directory or a GGUF file")]]
+SourcePath = Positional[Annotated[str, arg(help="a bundled name, a model directory, a GGUF or a table file")]]
 Row = Positional[Annotated[int, arg(help="row of the flat table, as lookup prints it")]]
 Texts = Annotated[Path, arg(help="corpus: .jsonl or .jsonl.zst with a `text` per line, else one text per line")]
 Block = Annotated[int | None, arg(help="which memory, by 0-based block; default the first")]
@@ -37,7 +38,7 @@ Base = Annotated[str | None, arg(help="the base model of an adapter")]
 Json = Annotated[bool, arg(help="print everything as JSON")]
 Out = Annotated[Path | None, arg(help="write .json, .csv or .html (the figure) here")]
 
-_TABLE_SUFFIXES = (".safetensors", ".gguf", ".json")
+_TABLE_SUFFIXES = (".safetensors", ".json")
 
 
 if TYPE_CHECKING:
@@ -158,7 +159,12 @@ def run_read(
     """
     model = _open(path, base=base)
     counts = _index(model, index, texts, block)
-    return _say(read_slot(model, row, block=block, top=top, vocab=vocab, index=counts), json, out)
+    reading = read_slot(model, row, block=block, top=top, vocab=vocab, index=counts)
+    _say(reading, json, out)
+    if not json and out is None and counts is not None:
+        found = "".join(f"\n  {count:>7} {ngram}" for ngram, count in reading.ngrams)
+        sys.stdout.write(f"read by these n-grams of the corpus:{found or ' none'}\n")
+    return 0
 
 
 def run_diff(
@@ -246,7 +252,10 @@ def _say(result: _Result, json: bool, out: Path | None) -> int:
     if json:
         sys.stdout.write(json_module.dumps(_finite(result.as_dict()), allow_nan=False) + "\n")
     elif out is None:
-        sys.stdout.write(result.table().to_string(index=False) + "\n")
+        table = result.table()
+        plain = ((name, value) for name, value in result.as_dict().items() if isinstance(value, int | str))
+        text = table.to_string(index=False) if len(table) else ", ".join(f"{name} {value}" for name, value in plain)
+        sys.stdout.write(text + "\n")
     return 0
 
 

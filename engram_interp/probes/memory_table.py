@@ -29,7 +29,6 @@ from engram_interp.memory.address import (
 )
 from engram_interp.memory.ngram_counts import NgramCounts, readers_of_slot
 from engram_interp.memory.row_reader import RowIndexError, RowReader, chunks
-from engram_interp.models.protocol import Decoder
 from engram_interp.models.site import EngramSite
 from engram_interp.models.text import show_tokens
 from engram_interp.probes.memory_site import (
@@ -284,9 +283,9 @@ def _control_rows(site: EngramSite, section: Section, seed: int) -> Float32[np.n
     return site.rows.read(section.start + np.sort(chosen))
 
 
-def _centred_logits(model: Decoder, values: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
-    with model.lock:
-        logits = model.unembed(values).float()
+def _centred_logits(model: AddressedModel, values: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
+    with model.lock:  # type: ignore[attr-defined]
+        logits = model.unembed(values).float()  # type: ignore[attr-defined] - memories alone refuse if they have none
     return logits - logits.mean(-1, keepdim=True)
 
 
@@ -294,9 +293,8 @@ def _promotions(
     model: AddressedModel, site: EngramSite, address: SlotAddress, value: Float[Tensor, "1 D"], top: int, seed: int
 ) -> tuple[tuple[TokenPromotion, ...], tuple[TokenPromotion, ...]]:
     """The `top` promoted and the `top` suppressed tokens."""
-    if not isinstance(model, Decoder):
-        name = model.identity.name
-        raise ValueError(f"model {name!r} was opened without its unembedding; its values cannot be read as tokens")
+    if model.tokenizer is None:
+        raise ValueError(f"model {model.identity.name!r} was opened without a tokenizer; its tokens have no names")
     section = next(s for s in sections_of(site) if s.start <= address.row < s.stop)
     mean_value = _values(site, address, _control_rows(site, section, seed)).mean(0, keepdim=True)
     logits, control = _centred_logits(model, torch.cat([value, mean_value]))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from engram_interp.models.registry import load
+from engram_interp.models.adapters.opening import open_decoder
 from engram_interp.probes.ablation import DEFAULT_KINDS, Condition, ablation_effects, default_conditions
 from engram_interp.studies.ablation import fitted_statistics, known_kinds
 from engram_interp.studies.config import StudyConfig, load_study_config
@@ -84,17 +84,24 @@ class AblateConfig(StudyConfig):
 
 
 def run_ablate(
-    model: str, config: Path, *, data: Path | None = None, as_json: bool = False, out: Path | None = None
+    model: str,
+    config: Path,
+    *,
+    data: Path | None = None,
+    base: Path | None = None,
+    as_json: bool = False,
+    out: Path | None = None,
 ) -> int:
     """Print the table of effects, or write it (.html is the figure, .csv the table, .json everything).
 
+    Args: base: the base model of an engram-peft adapter.
     Raises: ConfigError, CheckpointError or ValueError, each naming what was expected; ValueError for another ending of
         `out`.
     """
     settings = load_study_config(AblateConfig, config)
     if data is not None:
         settings = settings.model_copy(update={"data": data})
-    opened = load(model)
+    opened = open_decoder(model, base)
     kinds = settings.kinds or (() if settings.conditions else DEFAULT_KINDS)
     conditions = [*settings.conditions, *default_conditions(opened, known_kinds(kinds))]
     seed = settings.seeds[0]

@@ -26,9 +26,17 @@ from torch import nn
 from transformer_lens import ActivationCache, HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
-from engram_interp.models.adapters.bridge_parts import AdapterError, BlockHooks, Tap, Text, attached
+from engram_interp.models.adapters.bridge_parts import (
+    AdapterError,
+    BlockHooks,
+    Tap,
+    Text,
+    attached,
+    logit_scales,
+)
 from engram_interp.models.adapters.bridge_parts import state_hash as state_hash
 from engram_interp.models.cache import matching_hooks
+from engram_interp.models.checkpoint import TOKENIZER
 from engram_interp.models.lock import ModelLock
 from engram_interp.models.protocol import ModelIdentity, NamesFilter
 from engram_interp.models.text import show_tokens
@@ -138,7 +146,7 @@ class _Adapted:
         Raises: AdapterError when there is none.
         """
         tokens = torch.arange(min(5, self._vocab_size))[None]
-        for scale in _scales(config):
+        for scale in logit_scales(config):
             self._parts = _Parts(layers, norm, head, scale)
             with torch.no_grad():
                 residuals, logits = self.residuals(tokens), self(tokens)
@@ -280,24 +288,20 @@ class BridgeDecoder(_Adapted):
             return self.bridge.run_with_cache(tokens, names_filter=names)  # type: ignore[attr-defined]
 
 
-def load_decoder(directory: Path, *, gguf_file: str | None = None, name: str | None = None) -> HuggingFaceDecoder:
-    """Open a Hugging Face model from a local directory in float32: safetensors, or one GGUF file (dequantised).
+def load_decoder(path: Path, *, name: str | None = None) -> HuggingFaceDecoder:
+    """Open a Hugging Face model in float32: a local directory of safetensors, or one GGUF file (dequantised).
 
-    No network. Raises: AdapterError when there is nothing that can be opened without unpickling.
+    No network. Raises: AdapterError (a ValueError) when there is nothing that can be opened without unpickling, or
+        tensors are missing, extra or misshaped.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from engram_interp.models.adapters.hosted import load_host, load_host_tokenizer, load_wrapped_tokenizer
 
-    if not directory.is_dir():
-        raise AdapterError(f"expected a directory with a model, found none at {directory}")
-    options: dict[str, object] = {"gguf_file": gguf_file} if gguf_file else {}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, local_files_only=True, use_safetensors=True, dtype=torch.float32, **options
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise AdapterError(f"{directory.name}: cannot be opened as a causal language model ({error})") from None
-    return HuggingFaceDecoder(model, tokenizer, name or PurePath(gguf_file or directory.name).stem)
+    if not path.exists():
+        raise AdapterError(f"expected a directory with a model or a GGUF file, found none at {path}")
+    model = load_host(path)
+    # The file itself where there is one, as adapters on this model read it: a wrapper may rebuild it by its class.
+    tokenizer = load_host_tokenizer(path) if (path / TOKENIZER).is_file() else load_wrapped_tokenizer(path)
+    return HuggingFaceDecoder(model, tokenizer, name or path.resolve().stem)
 
 
 def _require_float32(model: nn.Module) -> None:
@@ -323,17 +327,3 @@ def _structure(model: nn.Module, config: object) -> tuple[list[nn.Module], nn.Mo
         if not found:
             raise AdapterError(f"expected {type(decoder).__name__} to hold {what} ({count} layers), found none")
     return list(stacks[0]), norm, head  # type: ignore[return-value]
-
-
-def _scales(config: object) -> Iterator[Callable[[Tensor], Tensor]]:
-    """From the head's output to logits, as the known architectures do it: nothing, a soft cap, a scale."""
-    cap = getattr(config, "final_logit_softcapping", None)
-    if cap:
-        yield lambda logits: torch.tanh(logits / cap) * cap
-    else:
-        yield lambda logits: logits
-    for key in ("logits_scaling", "logit_scale"):
-        factor = getattr(config, key, None)
-        if factor and factor != 1:
-            yield lambda logits, factor=factor: logits / factor
-            yield lambda logits, factor=factor: logits * factor

@@ -19,7 +19,10 @@ from transformer_lens.hook_points import HookPoint
 
 from engram_interp.shapes import Tensor
 
-_SUBLAYERS = {"attn": ("self_attn", "attn", "attention"), "mlp": ("mlp", "block_sparse_moe", "feed_forward")}
+_SUBLAYERS = {
+    "attn": ("self_attn", "attn", "attention", "linear_attn"),
+    "mlp": ("mlp", "block_sparse_moe", "feed_forward"),
+}
 
 
 class AdapterError(ValueError):
@@ -51,17 +54,21 @@ class Text:
         return list(self._wrapped(text)["input_ids"]) if self._wrapped is not None else self.rust.encode(text).ids  # type: ignore[operator]
 
 
+def sublayers(layer: nn.Module) -> dict[str, nn.Module]:
+    """The attention (`attn`) and the MLP or experts (`mlp`) of a layer, as far as it has them under a known name."""
+    candidates = {part: [getattr(layer, name, None) for name in names] for part, names in _SUBLAYERS.items()}
+    found = {part: next((m for m in modules if isinstance(m, nn.Module)), None) for part, modules in candidates.items()}
+    return {part: module for part, module in found.items() if module is not None}
+
+
 class BlockHooks(nn.Module):
     """The hook points of one layer."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.hook_resid_pre = HookPoint()
-        self.parts: dict[str, str] = {}
-        for part, names in _SUBLAYERS.items():
-            if found := next((n for n in names if isinstance(getattr(layer, n, None), nn.Module)), None):
-                self.parts[part] = found
-                setattr(self, f"hook_{part}_out", HookPoint())
+        for part in sublayers(layer):
+            setattr(self, f"hook_{part}_out", HookPoint())
         self.hook_resid_post = HookPoint()
 
     def taps(self, layer: nn.Module) -> Iterator[Tap]:
@@ -69,10 +76,9 @@ class BlockHooks(nn.Module):
         for point, before in ((self.hook_resid_pre, True), (self.hook_resid_post, False)):
             if _hooked(point):
                 yield Tap(layer, lambda value, point=point: point(value.unsqueeze(2)).squeeze(2), before=before)
-        for part, name in self.parts.items():
-            point = getattr(self, f"hook_{part}_out")
-            if _hooked(point):
-                yield Tap(getattr(layer, name), point)
+        for part, module in sublayers(layer).items():
+            if _hooked(point := getattr(self, f"hook_{part}_out")):
+                yield Tap(module, point)
 
 
 def _hooked(point: HookPoint) -> bool:
@@ -115,3 +121,17 @@ def attached(taps: Sequence[Tap]) -> Iterator[None]:
             handle: AbstractContextManager = tap.attach()  # type: ignore[assignment]
             stack.enter_context(handle)
         yield
+
+
+def logit_scales(config: object) -> Iterator[Callable[[Tensor], Tensor]]:
+    """From the head's output to logits, as the known architectures do it: nothing, a soft cap, a scale."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap:
+        yield lambda logits: torch.tanh(logits / cap) * cap
+    else:
+        yield lambda logits: logits
+    for key in ("logits_scaling", "logit_scale"):
+        factor = getattr(config, key, None)
+        if factor and factor != 1:
+            yield lambda logits, factor=factor: logits / factor
+            yield lambda logits, factor=factor: logits * factor

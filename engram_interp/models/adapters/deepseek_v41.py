@@ -11,6 +11,7 @@ float32.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
@@ -20,6 +21,7 @@ from engram_interp.memory.row_reader import RowReader, TableError
 from engram_interp.memory.safetensors_rows import SafetensorsRows
 from engram_interp.models.adapters.assemble import RESIDENT_BYTES, assemble_engram
 from engram_interp.models.adapters.hooked import StandaloneMemory
+from engram_interp.models.adapters.stored_head import open_stored_head
 from engram_interp.models.adapters.tensors import AdapterError, TensorFiles, fingerprint, read_config, read_json
 from engram_interp.models.checkpoint import CONFIG, load_tokenizer
 from engram_interp.models.protocol import ModelIdentity
@@ -56,6 +58,9 @@ class DeepseekV41Config(BaseModel):
             )
         if self.head_width > SCALE_BLOCK and self.head_width % SCALE_BLOCK:
             raise ValueError(f"expected engram_head_dim in whole blocks of {SCALE_BLOCK}, found {self.head_width}")
+        fewest = (self.max_order - 1) * self.heads * self.rows_per_head
+        if min(self.rows) < fewest:  # said before a prime is sought: a claim of many heads would take for ever
+            raise ValueError(f"expected at least {fewest} engram_num_embeddings by the heads, found {min(self.rows)}")
         if len(set(self.blocks)) != len(self.blocks) or not all(0 <= b < self.layers for b in self.blocks):
             raise ValueError(f"expected distinct engram_layer_ids in [0, {self.layers}), found {list(self.blocks)}")
         return self
@@ -90,7 +95,8 @@ def open_deepseek_v41(directory: Path, *, resident_bytes: int = RESIDENT_BYTES) 
         for index, block in enumerate(config.blocks)
     ]
     identity = ModelIdentity(directory.resolve().name, fingerprint(files.opened), directory.name, "deepseek_v41")
-    return StandaloneMemory(sites, tokenizer, identity)
+    head = partial(open_stored_head, files, tokenizer.get_vocab_size(), config.width)
+    return StandaloneMemory(sites, tokenizer, identity, head)
 
 
 def _load_config(directory: Path) -> DeepseekV41Config:

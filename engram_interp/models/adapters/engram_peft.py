@@ -22,7 +22,13 @@ from engram_interp.memory import CompressedVocabulary, EngramOptions, NgramHash,
 from engram_interp.memory.row_reader import TableError
 from engram_interp.memory.safetensors_rows import SafetensorsRows
 from engram_interp.models.adapters.assemble import RESIDENT_BYTES, assemble_engram
-from engram_interp.models.adapters.hosted import HostedModel, HostLayout, load_host
+from engram_interp.models.adapters.hosted import (
+    HostedModel,
+    HostLayout,
+    load_host,
+    load_host_tokenizer,
+    weight_files,
+)
 from engram_interp.models.adapters.tensors import FLOATS, AdapterError, TensorFiles, fingerprint, read_config, read_json
 from engram_interp.models.checkpoint import CONFIG, load_tokenizer
 from engram_interp.models.protocol import ModelIdentity
@@ -31,6 +37,7 @@ from engram_interp.shapes import Float, Tensor
 
 WEIGHTS = "engram_adapters.safetensors"
 VARIANT = "engram_peft_1_2"
+_OFFSETS = "{}.multi_head_embedding.offsets"
 
 
 class EngramPeftConfig(BaseModel):
@@ -53,6 +60,11 @@ class EngramPeftConfig(BaseModel):
     seed: int = Field(0, ge=0)
     layer_container_path: str | None = None
     engine: Literal["deepseek"] = "deepseek"
+    # What an adapter may also say and cannot be read from its folder alone: a table kept elsewhere, a LoRA beneath it.
+    table_source: Literal["memory"] = "memory"
+    prime_sizes: None = None
+    table_scale: None = None
+    wrap_peft: Literal[False] = False
 
     @model_validator(mode="after")
     def _consistent(self) -> EngramPeftConfig:
@@ -93,8 +105,8 @@ def open_engram_peft(
 ) -> EngramPeftModel:
     """Put an adapter on a Hugging Face base model.
 
-    Args: base: a model directory, or a causal language model already loaded (then `tokenizer` is a directory with its
-        tokenizer.json). resident_bytes: larger tables stay in their file.
+    Args: base: a model directory, a GGUF file, or a causal language model already loaded (then `tokenizer` is a
+        directory with its tokenizer.json). resident_bytes: larger tables stay in their file.
     Raises: AdapterError for anything missing, damaged, misshaped, or at odds with the base model or its tokenizer.
     """
     config = read_config(EngramPeftConfig, read_json(adapter / CONFIG), adapter / CONFIG)
@@ -102,7 +114,7 @@ def open_engram_peft(
         raise AdapterError(
             "expected the directory of the base model's tokenizer beside a loaded base model, found None"
         )
-    loaded_tokenizer = load_tokenizer(tokenizer or base)  # type: ignore[arg-type]
+    loaded_tokenizer = load_tokenizer(tokenizer) if tokenizer else load_host_tokenizer(base)  # type: ignore[arg-type]
     host = load_host(base) if isinstance(base, Path) else base
     layout = HostLayout.find(host, config.layer_container_path)
     if layout.width != config.hidden_size:
@@ -113,9 +125,11 @@ def open_engram_peft(
         )
     files = TensorFiles(adapter / WEIGHTS)
     sites = _open_sites(files, config, _vocabulary(config, loaded_tokenizer, adapter), resident_bytes)
-    weight_files = [*sorted(base.glob("*.safetensors")), *files.files] if isinstance(base, Path) else files.files
-    identity = ModelIdentity(adapter.resolve().name, fingerprint(weight_files), adapter.name, "engram_peft")
-    return EngramPeftModel(host, layout, sites, loaded_tokenizer, identity)
+    hashed = [*weight_files(base), *files.files] if isinstance(base, Path) else files.files
+    identity = ModelIdentity(adapter.resolve().name, fingerprint(hashed), adapter.name, "engram_peft")
+    model = EngramPeftModel(host, layout, sites, loaded_tokenizer, identity)
+    model.require_own_exit()
+    return model
 
 
 def _vocabulary(config: EngramPeftConfig, tokenizer, adapter: Path) -> CompressedVocabulary:  # noqa: ANN001
@@ -136,6 +150,9 @@ def _open_sites(
     if config.pad_id >= vocabulary.raw_size:
         raise AdapterError(f"{files.path}: expected a pad id below {vocabulary.raw_size}, found {config.pad_id}")
     blocks = sorted(config.target_layers)  # primes are dealt out in this order
+    slots = len(config.ngram_sizes) * config.n_head_per_ngram
+    for block in blocks:  # before a prime is sought: a claim of many heads would take for ever
+        files.entry(_OFFSETS.format(block), ("I64",), (slots,))
     primes = assign_primes(config.rows_per_head, config.n_head_per_ngram, len(blocks))
     sites, read = [], set()
     for block, block_primes in zip(blocks, primes, strict=True):
@@ -166,7 +183,7 @@ def _open_site(
         return torch.stack([weight(name.format(branch), shape) for branch in range(m)])
 
     table_name = f"{block}.multi_head_embedding.embedding.weight"
-    offsets_name = f"{block}.multi_head_embedding.offsets"
+    offsets_name = _OFFSETS.format(block)
     read |= {table_name, offsets_name}
     entry = files.entry(table_name, FLOATS, (constants.rows or 0, config.head_width))
     stored = HashConstants(offsets=tuple(files.integers(offsets_name, (len(constants.offsets or ()),)).tolist()))

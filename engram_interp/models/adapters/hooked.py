@@ -120,10 +120,17 @@ class HookedMemory(HookedRootModule):
 
 
 class StandaloneMemory(HookedMemory):
-    """The memories of a model whose other layers are not here."""
+    """The memories of a model whose other layers are not here; `head` opens its unembedding when it is asked for."""
 
-    def __init__(self, sites: Sequence[EngramSite], tokenizer: Tokenizer | None, identity: ModelIdentity) -> None:
+    def __init__(
+        self,
+        sites: Sequence[EngramSite],
+        tokenizer: Tokenizer | None,
+        identity: ModelIdentity,
+        head: Callable[[], Callable[[Tensor], Tensor]] | None = None,
+    ) -> None:
         super().__init__(sites, tokenizer, identity)
+        self._open_head = head
         self.blocks = nn.ModuleDict({str(site.block): HookedBlock(site.engram) for site in self.sites})
         self.setup()
 
@@ -152,6 +159,16 @@ class StandaloneMemory(HookedMemory):
         Raises: KeyError for a filter that matches no hook point.
         """
         return self._recorded((tokens, hidden), names_filter, clone)  # type: ignore[return-value]
+
+    def unembed(self, hidden: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
+        """Logits of vectors taken as ready for the head, whose rows are read from the checkpoint.
+
+        Raises: ValueError for memories without their model's unembedding.
+        """
+        if self._open_head is None:
+            name = self.identity.name
+            raise ValueError(f"model {name!r} was opened without its unembedding; its values cannot be read as tokens")
+        return self._open_head()(hidden)
 
     def _after(
         self, block: int, tokens: Int64[Tensor, "B T"], hidden: Float[Tensor, "B T M D"]

@@ -2,13 +2,14 @@
 
 The host keeps its own code. Every decoder layer gets two PyTorch hooks that pass its streams through
 `blocks.{i}.hook_resid_pre` and `blocks.{i}.hook_resid_post` (reshapes alone: no output changes by a bit), and the
-exit path is the host's own final norm and head. Cost: two views per layer. Misleads: a host that post-processes its
-logits (soft caps, scaling) is refused, because its unembedding is not what `unembed` would compute.
+exit path is the host's own final norm and head, then its soft cap or scale of the logits. Cost: two views per layer.
+Misleads: hidden states are the host's own; a host that scales its embedding or norms a layer's output afterwards has
+residuals of another size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,13 @@ from torch import nn
 from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
 
-from engram_interp.models.adapters.hooked import HookedBlock, HookedMemory
+from engram_interp.memory.gguf_header import read_gguf_header
+from engram_interp.memory.row_reader import TableError
+from engram_interp.models.adapters.bridge_parts import logit_scales
+from engram_interp.models.adapters.hooked import HookedMemory
+from engram_interp.models.adapters.host_block import HostBlock
 from engram_interp.models.adapters.tensors import AdapterError, TensorFiles
+from engram_interp.models.checkpoint import load_tokenizer
 from engram_interp.models.protocol import ModelIdentity, NamesFilter
 from engram_interp.models.site import EngramSite
 from engram_interp.shapes import Float, Int64, Tensor
@@ -45,43 +51,45 @@ class HostLayout:
     def find(cls, host: nn.Module, container: str | None = None, streams: int = 1) -> HostLayout:
         """Locate the parts of a host.
 
-        Args: container: dotted path of the list of decoder layers; None takes the longest list.
+        Args: container: dotted path of the list of decoder layers; None takes the outermost list of that length.
         Raises: AdapterError naming the part that was not found.
         """
+        config = host.config.get_text_config()  # type: ignore[operator, union-attr]
         lists = {name: module for name, module in host.named_modules() if isinstance(module, nn.ModuleList)}
-        if not lists or (container is not None and container not in lists):
-            raise AdapterError(f"expected a list of layers {container!r} in the base model, found {sorted(lists)[:5]}")
-        path = container or max(lists, key=lambda name: len(lists[name]))
+        whole = [name for name in lists if len(lists[name]) == config.num_hidden_layers]
+        named = whole if container is None else [name for name in lists if name == container]
+        if not named:
+            wanted = f"{config.num_hidden_layers} layers" if container is None else f"layers {container!r}"
+            raise AdapterError(f"expected a list of {wanted} in the base model, found {sorted(lists)[:5]}")
+        path = min(named, key=lambda name: (name.count("."), name))
         parent = host.get_submodule(path.rpartition(".")[0]) if "." in path else host
         norms = [getattr(parent, name) for name in _FINAL_NORMS if isinstance(getattr(parent, name, None), nn.Module)]
         head = host.get_output_embeddings()  # type: ignore[operator]
         if not norms or head is None:
             raise AdapterError(f"expected a final norm beside {path!r} and an output head, found {type(host).__name__}")
-        config = host.config.get_text_config()  # type: ignore[operator, union-attr]
         return cls(
             lists[path],
             norms[0],
             head,
             width=config.hidden_size,
             vocab_size=config.vocab_size,
-            context=config.max_position_embeddings,
+            context=getattr(config, "max_position_embeddings", None) or 2**20,
             streams=streams,
         )
 
 
-def load_host(directory: Path, kind: type | None = None) -> nn.Module:
-    """Load a causal language model in float32 from a directory: safetensors only, no code of its own, strict.
+def load_host(path: Path, kind: type | None = None) -> nn.Module:
+    """Load a causal language model in float32: a directory of safetensors, or one GGUF file (dequantised); no code of
+    its own, strict.
 
     Raises: AdapterError for anything transformers cannot load, or tensors missing, extra or misshaped.
     """
     import transformers
 
-    if not (directory / "config.json").is_file():
-        raise AdapterError(f"{directory}: not a model directory, config.json is missing")
-    files = TensorFiles(directory)  # refuses indices that point elsewhere
-    for path in files.files:
-        if not path.is_file():
-            raise AdapterError(f"{path}: no such file, the index names it")
+    directory, options = path, {"use_safetensors": True}
+    if path.suffix == ".gguf":
+        directory, options = path.parent, {"gguf_file": path.name}
+    _require_files(path)
     kind = kind or transformers.AutoModelForCausalLM
     try:
         with _without_progress_bar():
@@ -89,16 +97,59 @@ def load_host(directory: Path, kind: type | None = None) -> nn.Module:
                 directory,
                 dtype=torch.float32,
                 local_files_only=True,
-                use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=False,
+                **options,
             )
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
-        raise AdapterError(f"{directory}: cannot be loaded ({_first_line(error)})") from None
+        raise AdapterError(f"{path}: cannot be loaded ({_first_line(error)})") from None
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(problem):
-            raise AdapterError(f"{directory}: {problem.replace('_', ' ')}: {sorted(map(str, report[problem]))[:3]}")
+            raise AdapterError(f"{path}: {problem.replace('_', ' ')}: {sorted(map(str, report[problem]))[:3]}")
     return host.eval().requires_grad_(False)
+
+
+def load_host_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a model directory (`tokenizer.json`), or the one a GGUF file carries.
+
+    Raises: AdapterError or CheckpointError when there is none that can be read.
+    """
+    if path.suffix == ".gguf":
+        return load_wrapped_tokenizer(path).backend_tokenizer  # type: ignore[attr-defined]
+    return load_tokenizer(path)
+
+
+def load_wrapped_tokenizer(path: Path) -> object:
+    """The tokenizer of a directory or GGUF file as transformers wraps it.
+
+    Raises: AdapterError when transformers cannot read one.
+    """
+    from transformers import AutoTokenizer
+
+    directory, options = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise AdapterError(f"{path}: its tokenizer cannot be read ({_first_line(error)})") from None
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold a host's weights."""
+    return [path] if path.suffix == ".gguf" else sorted(path.glob("*.safetensors"))
+
+
+def _require_files(path: Path) -> None:
+    if path.suffix == ".gguf":
+        try:
+            read_gguf_header(path)  # damage is one clear error, before transformers reads the file
+        except TableError as error:
+            raise AdapterError(str(error)) from None
+        return
+    if not (path / "config.json").is_file():
+        raise AdapterError(f"{path}: not a model directory, config.json is missing")
+    for file in TensorFiles(path).files:  # refuses indices that point elsewhere
+        if not file.is_file():
+            raise AdapterError(f"{file}: no such file, the index names it")
 
 
 @contextmanager
@@ -134,13 +185,17 @@ class HostedModel(HookedMemory):
         memories = {site.block: site.engram for site in self.sites}
         self.layout = layout
         self.hook_embed = HookPoint()
-        self.blocks = nn.ModuleList(HookedBlock(memories.get(i)) for i in range(len(layout.layers)))
+        self.blocks = nn.ModuleList(
+            HostBlock(memories.get(i), layer, layout.width) for i, layer in enumerate(layout.layers)
+        )
         self.setup()
         self.host = host  # after setup, so that no module of the host is renamed
+        self._scale: Callable[[Tensor], Tensor] = lambda logits: logits
         self._tokens: Tensor | None = None
         for index, layer in enumerate(layout.layers):
             layer.register_forward_pre_hook(self._entry_of(index), with_kwargs=True)
             layer.register_forward_hook(self._exit_of(index))
+            self.blocks[index].attach(layer)  # type: ignore[operator]
 
     @property
     def layers(self) -> int:
@@ -222,7 +277,26 @@ class HostedModel(HookedMemory):
 
     def unembed(self, hidden: Float[Tensor, "*any D"]) -> Float[Tensor, "*any V"]:
         """Logits of vectors that passed the final norm."""
-        return self.layout.head(hidden)
+        return self._scale(self.layout.head(hidden))
+
+    @torch.no_grad()
+    def require_own_exit(self) -> None:
+        """Choose the cap or scale of the logits under which the exit path is the host's own, bit for bit.
+
+        Raises: AdapterError when there is none: a lens would not end at the host's own prediction.
+        """
+        padding = self._require_tokenizer().padding or {}
+        ids = [token for token in range(min(6, self.vocab_size)) if token != padding.get("pad_id")]
+        tokens = torch.tensor([ids])
+        residuals, logits = self.residuals(tokens), self(tokens)
+        for scale in logit_scales(self.host.config.get_text_config()):  # type: ignore[union-attr, operator]
+            self._scale = scale
+            if self.unembed(self.exit_hidden(residuals[-1])).equal(logits):
+                return
+        raise AdapterError(
+            f"expected the logits of {type(self.host).__name__} to be its head of its final norm of its last layer's "
+            "output; they differ, so its lens would not end at its own prediction"
+        )
 
     def generate(self, tokens: Int64[Tensor, "B T"], new: int) -> Int64[Tensor, "B T2"]:
         """Continue texts of equal length by `new` tokens, greedily, each from the whole text (no cache)."""

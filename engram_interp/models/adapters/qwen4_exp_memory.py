@@ -10,6 +10,7 @@ Misleads: nothing shows how the rest of the model uses what the memory writes.
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -19,6 +20,7 @@ from engram_interp.memory.row_reader import RowReader, TableError
 from engram_interp.memory.safetensors_rows import open_safetensors_rows
 from engram_interp.models.adapters.assemble import RESIDENT_BYTES, assemble_engram
 from engram_interp.models.adapters.hooked import StandaloneMemory
+from engram_interp.models.adapters.stored_head import open_stored_head
 from engram_interp.models.adapters.tensors import AdapterError, TensorFiles, fingerprint, read_config, read_json
 from engram_interp.models.checkpoint import CONFIG, load_tokenizer
 from engram_interp.models.protocol import ModelIdentity
@@ -86,7 +88,9 @@ def open_qwen4_exp_memory(directory: Path, *, resident_bytes: int = RESIDENT_BYT
         _open_site(files, config, vocabulary, layer - 1, index, resident_bytes) for index, layer in enumerate(layers)
     ]
     identity = ModelIdentity(directory.resolve().name, fingerprint(files.opened), directory.name, "qwen4_exp")
-    return StandaloneMemory(sites, load_tokenizer(directory), identity)
+    tokenizer = load_tokenizer(directory)
+    head = partial(open_stored_head, files, tokenizer.get_vocab_size(), config.hidden_size)
+    return StandaloneMemory(sites, tokenizer, identity, head)
 
 
 def regenerate(config: object, index: int) -> HashConstants:
@@ -129,9 +133,9 @@ def _open_site(
     resident_bytes: int,
 ) -> EngramSite:
     prefix = _find_prefix(files, block)
-    regenerated = regenerate(config, index)
     table = _open_table(files, f"{prefix}ple_embedding.ngram_embedding")
-    stored = _stored(files, f"{prefix}ple_embedding.", config, table.rows)
+    stored = _stored(files, f"{prefix}ple_embedding.", config, table.rows)  # first: it bounds how many primes to seek
+    regenerated = regenerate(config, index)
     require_equal(stored, regenerated, f"{files.path}: block {block}")
     ngram_hash = NgramHash(
         vocabulary, stored.multipliers or (), stored.primes or (), config.eos, boundary="reset", eos=config.eos

@@ -127,8 +127,9 @@ class EngramHouseArchitectureAdapter(ArchitectureAdapter):
 def register_architecture() -> None:
     """Let `TransformerBridge.boot_transformers(directory)` open exported models; calling it again changes nothing.
 
-    The entry point alone serves `build_bridge_from_module`: booting looks an architecture up in TransformerLens's own
-    list before it reads entry points.
+    The entry point alone serves `build_bridge_from_module(model, "EngramHouseForCausalLM", hf_config=model.config)`.
+    Booting from a directory cannot do without this call: it asks transformers for the configuration, which knows no
+    plugins, and then TransformerLens 4.3's own list of architectures, before any entry point is read.
     """
     register_huggingface()
     ArchitectureAdapterFactory.discover_entry_points()
