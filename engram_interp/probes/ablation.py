@@ -121,12 +121,14 @@ def ablation_effects(
     for enter in entries:
         with enter():
             pass
+    first_blocks = [0, *(min(c.blocks or model.engram_layers) for c in conditions)]  # type: ignore[attr-defined]
     frames = []
     for task in tasks:
         scores = score_items(
             model,
             task.items,
             [nullcontext, *entries],
+            first_blocks=first_blocks,
             batch_tokens=batch_tokens,
             progress=task.name if progress else "",
         )
