@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Shaped
 
-from engram_interp.measure.divergence import refine_small
 from engram_interp.models.protocol import Decoder
 from engram_interp.models.text import start_tokens
 from engram_interp.probes.task_items import Item, Text
@@ -158,6 +157,7 @@ def score_items(
     if len(starts) != len(conditions):
         raise ValueError(f"expected a first block per condition ({len(conditions)}), found {len(starts)}")
     encoded = encode_items(model, items)
+    several = np.array([len(item.choices) > 1 for item in items])
     shape = (len(conditions), len(items))
     logprob = np.full((*shape, max(len(item.choices) for item in items)), -np.inf)
     logprob[:, [e.item for e in encoded], [e.choice for e in encoded]] = 0.0
@@ -171,12 +171,11 @@ def score_items(
             for exit_hidden in _exits(model, batch, asked, conditions, starts):
                 exits.append(exit_hidden)
                 bar.update(len(batch))
-            found, first, divergence = _read(model, exits, asked)
+            found, first, divergence = _read(model, exits, asked, greedy=not several.all())
             np.add.at(logprob, (slice(None), asked.item, asked.choice), found)
             np.multiply.at(solved, (slice(None), asked.item[asked.right]), first)
             np.add.at(kl, (slice(None), asked.item[asked.right]), divergence)
     wrong = logprob[:, :, 1:].max(-1, initial=-np.inf)
-    several = np.array([len(item.choices) > 1 for item in items])
     margin = np.where(several, logprob[:, :, 0] - np.where(several, wrong, 0.0), np.nan)
     correct = np.where(several, (margin > 0).astype(float), solved)
     return Scores(logprob[:, :, 0].copy(), correct, margin, kl / lengths, lengths)
@@ -227,9 +226,12 @@ def _exits(
 
 
 def _read(
-    model: Decoder, exits: Sequence[Float[Tensor, "places D"]], asked: _Asked
+    model: Decoder, exits: Sequence[Float[Tensor, "places D"]], asked: _Asked, *, greedy: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """log p of every pair; whether each right token is the first choice, and the KL there: [conditions, ...], float64."""
+    """log p of every pair; whether each right token is the first choice (0 unless `greedy`), and the KL there.
+
+    All [conditions, ...], float64.
+    """
     pairs, rights = (len(exits), len(asked.of)), (len(exits), asked.rights)
     logprob, first, kl = torch.zeros(pairs), torch.zeros(rights), torch.zeros(rights)
     for start in range(0, len(asked.row), _ROWS):
@@ -246,10 +248,10 @@ def _read(
             if not count:
                 continue
             log_p = log_p[:count]
-            first[c, right] = (log_p.argmax(-1) == answers).float()
+            if greedy:
+                first[c, right] = (log_p.argmax(-1) == answers).float()
             if c == 0:
                 reference, probability = log_p, log_p.exp()
             else:  # the reference's divergence from itself is 0 by definition
-                difference = reference - log_p
-                kl[c, right] = refine_small(probability, difference, torch.linalg.vecdot(probability, difference))
+                kl[c, right] = torch.linalg.vecdot(probability, reference - log_p)
     return logprob.double().numpy(), first.double().numpy(), kl.double().numpy()
