@@ -304,6 +304,7 @@ def ablate(
     model: Positional[Model],
     *,
     config: Path,
+    base: str | None = None,
     data: Path | None = None,
     out: Path | None = None,
     json: bool = False,
@@ -313,13 +314,14 @@ def ablate(
     Args:
         model: A bundled name or a model directory.
         config: Tasks and conditions (see experiments/configs/remove_engram.yaml).
+        base: The base model an adapter belongs to.
         data: Evaluation sets, laid out as in the README.
         out: Write the figure (.html), the table (.csv) or everything (.json) here.
         json: Print everything as JSON.
     """
     from engram_interp.studies.commands import run_ablate
 
-    return run_ablate(model, config, data=data, as_json=json, out=out)
+    return run_ablate(model, config, base=base, data=data, as_json=json, out=out)
 
 
 @app.command

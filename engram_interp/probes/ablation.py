@@ -142,6 +142,11 @@ def ablation_effects(
     return AblationEffects(model.identity.name, items, tuple(conditions), provenance, seed)
 
 
+def full_scores(model: Decoder, task: Task, *, batch_tokens: int = BATCH_TOKENS) -> pd.DataFrame:
+    """The "full" rows alone: what a model (a baseline) scores as it is."""
+    return _frame(task, FULL, score_items(model, task.items, [nullcontext], batch_tokens=batch_tokens), 0)
+
+
 def _check(tasks: Sequence[Task], conditions: Sequence[Condition]) -> None:
     labels = [FULL, *(c.label for c in conditions)]
     if not tasks or not conditions or len(set(labels)) != len(labels):

@@ -200,9 +200,13 @@ class _Asked:
 
     @classmethod
     def of_batch(cls, batch: Sequence[Run]) -> _Asked:
-        every = [(r, place, pairs) for r, run in enumerate(batch) for place, pairs in zip(run.places, run.asked, strict=True)]
+        every = [
+            (r, place, pairs) for r, run in enumerate(batch) for place, pairs in zip(run.places, run.asked, strict=True)
+        ]
         every.sort(key=lambda e: all(choice for choice, _ in e[2]))  # False first: stable, so runs keep their order
-        pairs = [(u, batch[r].item, choice, target) for u, (r, _, asked) in enumerate(every) for choice, target in asked]
+        pairs = [
+            (u, batch[r].item, choice, target) for u, (r, _, asked) in enumerate(every) for choice, target in asked
+        ]
         of, item, choice, target = (np.array(column) for column in zip(*pairs, strict=True))
         right = np.flatnonzero(choice == 0)
         row, place = (torch.tensor([e[i] for e in every]) for i in (0, 1))

@@ -28,15 +28,15 @@ class DataSource:
     keep: Callable[[Record], bool]
     item: Callable[[Record, str, list[Record], np.random.Generator], Item | None]
 
-    def items(self, path: Path, limit: int, rng: np.random.Generator) -> list[Item]:
-        """At most `limit` items, drawn without replacement, in file order.
+    def items(self, path: Path, limit: int | None, rng: np.random.Generator) -> list[Item]:
+        """At most `limit` items (None: all), drawn without replacement, in file order.
 
         Raises: ValueError naming the file and line, or a missing key.
         """
         try:
             records = [(n, r) for n, r in enumerate(_read(path), start=1) if self.keep(r)]
             every = [r for _, r in records]
-            chosen = np.sort(rng.choice(len(records), size=min(limit, len(records)), replace=False))
+            chosen = np.sort(rng.choice(len(records), size=min(limit or len(records), len(records)), replace=False))
             made = [self.item(records[i][1], f"{path.name.split('.')[1]}.{records[i][0]}", every, rng) for i in chosen]
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"{path}: not the expected records ({type(error).__name__}: {error})") from None
