@@ -119,7 +119,9 @@ def report(context: Context, frames: Mapping[str, pd.DataFrame]) -> Report:
     """Success by method, and the mean KL of each class of position with its interval over facts."""
     edits, reach = frames["edits"], frames["reach"]
     kl = {
-        method: [_mean(reach.query("method == @method and reached == @c")["kl"].dropna()) for c in REACHED]
+        method: [
+            _mean(reach.loc[(reach["method"] == method) & (reach["reached"] == c), "kl"].dropna()) for c in REACHED
+        ]
         for method in METHODS
     }
     bars = [

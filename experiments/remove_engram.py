@@ -117,7 +117,10 @@ def report(context: Context, frames: Mapping[str, pd.DataFrame]) -> Report:
     by_family = families(frames["items"], frames.get("baseline"))
     tables = {"effects": effects, "families": by_family, "published": published()}
     tables["interaction"] = interaction_table(frames["items"], conditions(context))
-    beside = pd.concat([first_seed(by_family), _paper_rows()], ignore_index=True).assign(task=lambda t: t["family"])
+    paper = _paper_rows()
+    beside = pd.concat([first_seed(by_family)[paper.columns], paper], ignore_index=True).rename(
+        columns={"family": "task"}
+    )
     lines = (*headline(by_family, joint, by="family"), *_comparison(first_seed(by_family)))
     return Report(tables, retention_figure(beside, [*joint, PAPER]), lines)
 

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from engram_interp.hooks import KINDS, AblationError, ablate, collect_memory_statistics, fit_optimal_constants
-from engram_interp.hooks import controls
+from engram_interp.hooks import KINDS, AblationError, ablate, collect_memory_statistics, controls, fit_optimal_constants
 from engram_interp.hooks.row_kinds import quantise_rows
 
 OPTIONS = {

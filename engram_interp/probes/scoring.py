@@ -226,7 +226,8 @@ def _exits(
                 hidden = sites[-1]
             else:
                 hidden = model.resume(tokens, sites[start], start) if start else model.residuals(tokens)[-1]
-            yield model.exit_hidden(hidden[asked.row, asked.place].unsqueeze(1)).squeeze(1)
+            exit_hidden = model.exit_hidden(hidden[asked.row, asked.place].unsqueeze(1)).squeeze(1)
+        yield exit_hidden
 
 
 def _read(

@@ -17,11 +17,12 @@ C = TypeVar("C", bound="StudyConfig")
 class StudyConfig(StrictModel):
     """What every study has. Unknown keys are errors.
 
-    `model`: a bundled name or a model directory, `base`: that of an adapter's base model; `items` per task, null for every one there is; `fit_texts` documents of
-    `fit_corpus` (in the data folder) fit the statistics, or bundled sentences when there is no data folder; `loss_texts`
-    held-out documents of `loss_corpus` are scored as text. `data` may be given on the command line and is not part of a
-    run's identity: its texts are, by hash. `workers` processes of one thread each make the shards (no part of the
-    identity: the bytes are the same); `threads` is for large models in one process.
+    `model`: a bundled name or a model directory, `base`: that of an adapter's base model; `items` per task, null for
+    every one there is; `fit_texts` documents of `fit_corpus` (in the data folder) fit the statistics, or bundled
+    sentences when there is no data folder; `loss_texts` held-out documents of `loss_corpus` are scored as text. `data`
+    may be given on the command line and is not part of a run's identity: its texts are, by hash. `workers` processes of
+    one thread each make the shards (no part of the identity: the bytes are the same); `threads` is for large models in
+    one process.
     """
 
     model: str = "mini-engram"

@@ -31,16 +31,16 @@ class Shard:
     name: str
     make: Callable[[], dict[str, pd.DataFrame]]
 
-    def write(self, folder: RunFolder) -> int:
-        """Make it and put it in place; gives the number of rows of the first table."""
+    def write(self, folder: RunFolder, counted: str) -> int:
+        """Make it and put it in place; gives the number of its rows of the table `counted`."""
         frames = self.make()
         for table in self.tables:
             folder.write_shard(table, self.name, frames[table])
-        return len(frames[self.tables[0]])
+        return len(frames[counted]) if counted in self.tables else 0
 
 
 def make_shards(folder: RunFolder, shards: Sequence[Shard], workers: int) -> int:
-    """Make what is missing; gives the rows made.
+    """Make what is missing; gives the rows made of the first table.
 
     Raises: RunError when a process failed; whatever a shard raises when there is one worker.
     """
@@ -50,13 +50,13 @@ def make_shards(folder: RunFolder, shards: Sequence[Shard], workers: int) -> int
         if workers == 1 or len(missing) < 2:
             rows = 0
             for shard in missing:
-                rows += shard.write(folder)
+                rows += shard.write(folder, shards[0].tables[0])
                 bar.update()
             return rows
-        return _by_processes(folder, missing, min(workers, len(missing)), bar)
+        return _by_processes(folder, missing, shards[0].tables[0], min(workers, len(missing)), bar)
 
 
-def _by_processes(folder: RunFolder, shards: Sequence[Shard], workers: int, bar: tqdm) -> int:
+def _by_processes(folder: RunFolder, shards: Sequence[Shard], counted: str, workers: int, bar: tqdm) -> int:
     if not hasattr(os, "fork"):
         raise RunError("expected a system that can fork for workers > 1; use workers: 1")
     queue, fill = os.pipe()
@@ -69,7 +69,7 @@ def _by_processes(folder: RunFolder, shards: Sequence[Shard], workers: int, bar:
         pid = os.fork()
         if pid == 0:
             os.close(news)
-            _work(folder, shards, queue, tell, parent)
+            _work(folder, shards, counted, (queue, tell), parent)
         children.append(pid)
     os.close(tell)
     rows, problem = 0, ""
@@ -100,12 +100,12 @@ def _drain(queue: int) -> None:
         pass
 
 
-def _work(folder: RunFolder, shards: Sequence[Shard], queue: int, tell: int, parent: int) -> NoReturn:
+def _work(folder: RunFolder, shards: Sequence[Shard], counted: str, pipes: tuple[int, int], parent: int) -> NoReturn:
     """The life of a forked process: shards until the queue is empty or the parent is gone."""
-    status = 1
+    (queue, tell), status = pipes, 1
     try:
         while os.getppid() == parent and (number := os.read(queue, _NUMBER)):
-            rows = shards[int.from_bytes(number, "big")].write(folder)
+            rows = shards[int.from_bytes(number, "big")].write(folder, counted)
             os.write(tell, f"made {rows}\n".encode())
         status = 0
     except BaseException as error:  # noqa: BLE001 - told to the parent, which raises
