@@ -181,11 +181,11 @@ def corpus_counts(_model: MemoryModel, weights: str, block: int, texts: tuple[st
 @st.cache_data(max_entries=16, show_spinner=False)
 def _task_forwards(_model: MemoryModel, weights: str, limit: int) -> int:
     from engram_interp.probes.ablation import default_conditions
-    from engram_interp.probes.scoring import batches, encode_items
+    from engram_interp.probes.scoring import batches, encode_items, shared_runs
     from engram_interp.probes.tasks import GENERATED_TASKS, load_tasks
 
     tasks = load_tasks(GENERATED_TASKS, _model.tokenizer, limit=limit)
-    scored = sum(len(list(batches(encode_items(_model, task.items)))) for task in tasks)
+    scored = sum(len(list(batches(shared_runs(encode_items(_model, task.items))))) for task in tasks)
     return len(gallery_texts()) + scored * (1 + len(default_conditions(_model)))
 
 

@@ -278,6 +278,53 @@ def test_damaged_checkpoints_give_one_clear_error(directory: Path, tmp_path_fact
         open_model(tricked)
 
 
+def test_gates_and_every_ablation_work(model: Qwen4ExpModel) -> None:
+    """The probes' own calls: the gates of a text, and each kind of `ablate` changes the logits and gives them back."""
+    from engram_interp.hooks import KINDS, ablate, collect_memory_statistics, fit_optimal_constants
+    from engram_interp.probes.gates import read_gates
+
+    gates = read_gates(model, "The river Seine flows through Paris.")
+    assert gates.gates.shape == (len(gates.tokens), len(model.engram_layers), 4)
+    tokens = model.to_tokens("By the way, Alexander the Great was a king of Macedon.")
+    before, worked = model(tokens), []
+    texts = ["The river Seine flows through Paris.", "Diana, Princess of Wales, was born in Norfolk."]
+    statistics = fit_optimal_constants(model, texts, collect_memory_statistics(model, texts), steps=1)
+    options = {
+        "gate_scale": {"scale": 0.5},
+        "keep_order": {"order": 2},
+        "heads": {"heads": [0]},
+        "slots": {"slots": [1]},
+    }
+    options |= {"quantise": {"bits": 2}, "prune_rows": {"fraction": 0.5, "by": "use"}}
+    for kind in KINDS.values():
+        if kind.control and kind.name != "equal_norm_random":
+            continue
+        branches = [0] if kind.name == "branches" else None
+        with ablate(model, kind.name, branches=branches, statistics=statistics, **options.get(kind.name, {})):
+            changed = (model(tokens) - before).abs().max()
+        assert changed > 1e-6, kind.name
+        worked.append(kind.name)
+        assert torch.equal(model(tokens), before)
+    assert {"output_zero", "embedding_zero", "mean", "optimal", "resample", "equal_norm_random"} <= set(worked)
+
+
+def test_effects_are_measured_as_on_the_house_model(model: Qwen4ExpModel) -> None:
+    from engram_interp.hooks import collect_memory_statistics
+    from engram_interp.probes.ablation import Condition, ablation_effects
+    from engram_interp.probes.tasks import load_tasks
+
+    tasks = load_tasks(["arithmetic"], model.tokenizer, limit=4)
+    statistics = collect_memory_statistics(model, ["The river Seine flows through Paris."])
+    conditions = [
+        Condition(kind="output_zero"),
+        Condition(kind="mean"),
+        Condition(kind="gate_scale", options={"scale": 1.0}),
+    ]
+    rows = ablation_effects(model, tasks, conditions, statistics=statistics).table().set_index("condition")
+    assert rows.loc["gate_scale scale=1.0", "change_logprob"] == rows.loc["gate_scale scale=1.0", "kl"] == 0
+    assert rows.loc["output_zero", "kl"] > 0 and rows.loc["mean", "kl"] > 0
+
+
 def test_a_bad_token_is_named(model: Qwen4ExpModel) -> None:
     with pytest.raises(ValueError, match="expected token ids in"):
         model(torch.tensor([[model.vocab_size]]))

@@ -64,6 +64,36 @@ def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
         pass
 
 
+def test_a_run_of_other_software_is_not_continued(tmp_path):
+    make_run(tmp_path / "r")
+    edit(
+        tmp_path / "r",
+        versions={**json.loads((tmp_path / "r" / "manifest.json").read_text())["versions"], "torch": "1"},
+    )
+    with pytest.raises(RunError, match="another versions"), start_run(tmp_path / "r", **ARGUMENTS):
+        pass
+
+
+def test_a_damaged_piece_is_named(tmp_path):
+    make_run(tmp_path / "r")
+    cut(tmp_path / "r" / "shards" / "rows" / "b.parquet")
+    with pytest.raises(RunError, match=r"b\.parquet: damaged"), start_run(tmp_path / "r", **ARGUMENTS) as run:
+        run.gather("rows", ["a", "b"])
+
+
+def test_a_folder_that_cannot_be_read_is_listed_as_broken(tmp_path, monkeypatch):
+    make_run(tmp_path / "good")
+    (tmp_path / "locked").mkdir()
+    exists = Path.exists
+    refuse = lambda self: _refused() if "locked" in self.parts else exists(self)  # noqa: E731
+    monkeypatch.setattr(Path, "exists", refuse)
+    assert [(run.name, run.status) for run in list_runs(tmp_path)] == [("good", "done"), ("locked", "broken")]
+
+
+def _refused() -> bool:
+    raise PermissionError("no")
+
+
 def test_names_cannot_leave_the_folder(tmp_path):
     with pytest.raises(RunError, match="expected a name"), start_run(tmp_path / "r", **ARGUMENTS) as run:
         run.write_table("../../x", pd.DataFrame({"x": [1]}))

@@ -11,9 +11,9 @@ import torch
 
 from engram_interp.hooks import ablate, collect_memory_statistics
 from engram_interp.probes.ablation import FULL, Condition, ablation_effects, default_conditions
-from engram_interp.probes.scoring import encode_items, score_items
+from engram_interp.probes.scoring import encode_items, score_items, shared_runs
 from engram_interp.probes.task_items import Item
-from engram_interp.probes.tasks import DATA_TASKS, GENERATED_TASKS, Task, load_tasks
+from engram_interp.probes.tasks import DATA_TASKS, GENERATED_ITEMS, GENERATED_TASKS, Task, load_tasks
 
 ITEMS = (
     Item("a", "The Prince of", (" Wales",), "x"),
@@ -21,6 +21,9 @@ ITEMS = (
     Item("c", "", ("The castle was old.", "The old was castle.")),
     Item("d", (5, 9, 7, 5, 9), ((7,),)),
 )
+
+
+TEXTS = ("Diana, Princess of Wales, was born in Norfolk.", "On the other hand, the castle was old.")
 
 
 def plain_score(model, item: Item) -> tuple[list[float], bool]:
@@ -55,6 +58,31 @@ def test_scores_equal_the_plain_ones_in_every_batch_size(tiny_engram, batch_toke
     assert np.isnan(scores.margin[0, [0, 3]]).all()
 
 
+def test_a_prefix_is_read_once_and_the_last_token_of_an_answer_never(tiny_engram):
+    items = (Item("a", (5, 6), ((7,), (8,), (9,))), Item("b", (5, 6), ((7, 8, 9), (7, 3), (4, 4))))
+    encoded = encode_items(tiny_engram, items)
+    runs = shared_runs(encoded)
+    assert [run.tokens for run in runs] == [(0, 5, 6), (0, 5, 6, 7, 8), (0, 5, 6, 4)]
+    assert [run.places for run in runs] == [(2,), (2, 3, 4), (3,)]
+    asked = [(run.item, *pair) for run in runs for pairs in run.asked for pair in pairs]
+    assert sorted(asked) == sorted((e.item, e.choice, t) for e in encoded for t in e.targets)
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_a_condition_that_starts_at_its_first_block_changes_no_bit(tiny_engram, block):
+    tokens = tiny_engram.to_tokens("The river Seine flows through Paris.")
+    sites = tiny_engram.residuals(tokens)
+    with ablate(tiny_engram, "resample", blocks=[block], statistics=collect_memory_statistics(tiny_engram, TEXTS)):
+        whole, resumed = tiny_engram.residuals(tokens)[-1], tiny_engram.resume(tokens, sites[block], block)
+    assert torch.equal(whole, resumed) and not torch.equal(whole, sites[-1])
+    conditions = [nullcontext, lambda: ablate(tiny_engram, "output_zero", blocks=[block])]
+    whole, resumed = (score_items(tiny_engram, ITEMS, conditions, first_blocks=f) for f in (None, [0, block]))
+    for name in ("logprob", "correct", "kl"):
+        np.testing.assert_array_equal(getattr(whole, name), getattr(resumed, name))
+    with pytest.raises(ValueError, match=r"a first block per condition \(2\), found 1"):
+        score_items(tiny_engram, ITEMS, conditions, first_blocks=[0])
+
+
 def test_a_greedy_answer_counts_as_solved(tiny_engram):
     best = int(tiny_engram(tiny_engram.to_tokens("The river"))[0, -1].argmax())
     items = (Item("best", "The river", ((best,),)), Item("other", "The river", (((best + 1) % 600,),)))
@@ -80,6 +108,8 @@ def test_generated_tasks_are_seeded_and_well_formed(tokenizer):
     for item in by["induction"].items:
         cut = len(item.prompt) - 20
         assert item.prompt[:cut] == item.prompt[20:] and item.choices == ((item.prompt[cut],),)
+    every = load_tasks(["arithmetic"], tokenizer, limit=None)[0]
+    assert len(every.items) == GENERATED_ITEMS
     for item in by["gallery_entity"].items:
         assert item.choices[0].startswith(" ") and not item.prompt.endswith(" ")
 
@@ -90,6 +120,7 @@ def test_data_tasks_read_every_file(shared, tokenizer):
     assert [task.name for task in tasks] == list(DATA_TASKS)
     chances = {task.name: task.chance for task in tasks}
     assert chances["blimp"] == 0.5 and chances["lre"] == 0.25 and chances["wiki_entity"] == 0.0
+    assert len(load_tasks(["known_1000"], tokenizer, data=shared / "data", limit=None)[0].items) > 100
     assert load_tasks(["lre"], tokenizer, data=shared / "data", limit=6) == [tasks[DATA_TASKS.index("lre")]]
 
 

@@ -99,16 +99,21 @@ def _check(model: MemoryModel, block: int, edit: RowEdit) -> None:
         )
 
 
-def save_overlay(overlay: Overlay, path: Path) -> None:
-    """Write an overlay file, atomically."""
-    from safetensors.torch import save_file
-
+def overlay_tensors(overlay: Overlay) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of an overlay's file."""
     tensors: dict[str, Tensor] = {}
     for block, edit in overlay.edits.items():
         tensors[f"blocks.{block}.rows"] = edit.rows.contiguous()
         tensors[f"blocks.{block}.values"] = edit.values.detach().float().contiguous()
     about = {f"about.{key}": value for key, value in overlay.about.items()}
-    metadata = {"format": FORMAT, "weights_sha256": overlay.weights_sha256, **about}
+    return tensors, {"format": FORMAT, "weights_sha256": overlay.weights_sha256, **about}
+
+
+def save_overlay(overlay: Overlay, path: Path) -> None:
+    """Write an overlay file, atomically."""
+    from safetensors.torch import save_file
+
+    tensors, metadata = overlay_tensors(overlay)
     write_atomically(path, lambda part: save_file(tensors, part, metadata))
 
 

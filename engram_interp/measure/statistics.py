@@ -116,6 +116,28 @@ class RetainedFraction:
         return asdict(self)
 
 
+class SharedDraws:
+    """A generator that draws the resamples of a grouping once, for many estimates over the same rows.
+
+    Differences between conditions are then compared on common resamples, and thousands of groups cost one draw.
+    """
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self._rng = rng
+        self._drawn: dict[tuple[int, int], Float[np.ndarray, "resamples groups"]] = {}
+
+    def multinomial(
+        self, n: int, pvals: Shaped[np.ndarray, " groups"], size: int
+    ) -> Float[np.ndarray, "resamples groups"]:
+        """As numpy's generator, in float64; equal arguments give the same array."""
+        if (n, size) not in self._drawn:
+            self._drawn[n, size] = self._rng.multinomial(n, pvals, size=size).astype(np.float64)
+        return self._drawn[n, size]
+
+
+Draws = np.random.Generator | SharedDraws
+
+
 def not_estimable(reason: str, n: int, level: float = LEVEL) -> Estimate:
     """An Estimate without a number."""
     return Estimate(math.nan, math.nan, math.nan, math.nan, n, level, reason=reason)
@@ -140,7 +162,7 @@ def simultaneous_band(
     values: Shaped[np.ndarray, "n columns"],
     groups: Shaped[np.ndarray, " n"] | None = None,
     *,
-    rng: np.random.Generator,
+    rng: Draws,
     resamples: int = RESAMPLES,
     level: float = LEVEL,
 ) -> Band:
@@ -169,7 +191,7 @@ def paired_difference(
     b: Shaped[np.ndarray, " n"],
     groups: Shaped[np.ndarray, " n"] | None = None,
     *,
-    rng: np.random.Generator,
+    rng: Draws,
     resamples: int = RESAMPLES,
     level: float = LEVEL,
 ) -> Estimate:
@@ -214,7 +236,7 @@ def retained_fraction(
     ablated: Shaped[np.ndarray, " n"],
     groups: Shaped[np.ndarray, " n"] | None = None,
     *,
-    rng: np.random.Generator,
+    rng: Draws,
     chance: float | int = 0.0,
     resamples: int = RESAMPLES,
     level: float = LEVEL,
@@ -247,7 +269,7 @@ def function_of_means(
     function: Callable[[np.ndarray], np.ndarray],
     groups: Shaped[np.ndarray, " n"] | None = None,
     *,
-    rng: np.random.Generator,
+    rng: Draws,
     resamples: int = RESAMPLES,
     level: float = LEVEL,
 ) -> Estimate:
@@ -322,10 +344,10 @@ class _GroupTotals:
         # Rounding leaves a constant column with a deviation of a few ulp; that is no spread.
         return self.centre, np.where(se < 1e-14 * np.maximum(1e-300, np.abs(self.centre)), 0.0, se)
 
-    def resampled(self, rng: np.random.Generator, resamples: int) -> tuple[np.ndarray, np.ndarray]:
+    def resampled(self, rng: Draws, resamples: int) -> tuple[np.ndarray, np.ndarray]:
         """Mean minus the sample's mean, and its standard error, in each resample: both [resamples, columns]."""
         g = self.groups
-        weights = rng.multinomial(g, np.full(g, 1 / g), size=resamples).astype(np.float64)
+        weights = rng.multinomial(g, np.full(g, 1 / g), size=resamples).astype(np.float64, copy=False)
         rows = (weights @ self.sizes)[:, None]
         shift = weights @ self.sums / rows
         squares = (

@@ -240,6 +240,16 @@ class HouseModel(HookedRootModule):
             self.streams(tokens)
         return records
 
+    @torch.no_grad()
+    def resume(
+        self, tokens: Int64[Tensor, "B T"], hidden: Float[Tensor, "B T M D"], block: int
+    ) -> Float[Tensor, "B T M D"]:
+        """The streams after the last block, given those before `block`."""
+        with self.lock:
+            for later in self.blocks[block:]:
+                hidden, _ = later(hidden, tokens)
+        return hidden
+
     # -- text --------------------------------------------------------------------------------------------------------
 
     def to_tokens(self, text: str) -> Int64[Tensor, "1 T"]:

@@ -113,6 +113,15 @@ class Decoder(Protocol):
         """The streams at every residual site, one forward."""
         ...
 
+    def resume(
+        self, tokens: Int64[Tensor, "B T"], hidden: Float[Tensor, "B T M D"], block: int
+    ) -> Float[Tensor, "B T M D"]:
+        """The streams after the last block, given those before `block`; a model that cannot begin there runs whole.
+
+        Bit for bit `residuals(tokens)[-1]` when `hidden` is `residuals(tokens)[block]` and no hook acts before `block`.
+        """
+        ...
+
     def reduce_streams(self, hidden: Float[Tensor, "B T M D"]) -> Float[Tensor, "B T D"]:
         """The model's own read-out of its streams into one vector, before the final norm."""
         ...

@@ -92,6 +92,13 @@ class WatchedModel:
         self._tick()
         return self._model.residuals(tokens)
 
+    def resume(
+        self, tokens: Int64[Tensor, "B T"], hidden: Float[Tensor, "B T M D"], block: int
+    ) -> Float[Tensor, "B T M D"]:
+        """Tick, then what the model makes of the streams."""
+        self._tick()
+        return self._model.resume(tokens, hidden, block)
+
     def reduce_streams(self, hidden: Float[Tensor, "B T M D"]) -> Float[Tensor, "B T D"]:
         """See `Decoder.reduce_streams`."""
         return self._model.reduce_streams(hidden)

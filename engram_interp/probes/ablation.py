@@ -21,7 +21,7 @@ from pydantic import Field
 
 from engram_interp.hooks.ablation import ablate
 from engram_interp.hooks.statistics import MemoryStatistics
-from engram_interp.measure.statistics import Estimate, mean_interval, paired_difference, retained_fraction
+from engram_interp.measure.statistics import Estimate, SharedDraws, mean_interval, paired_difference, retained_fraction
 from engram_interp.models.config import StrictModel
 from engram_interp.models.protocol import Decoder, MemoryModel
 from engram_interp.probes.scoring import BATCH_TOKENS, score_items
@@ -121,12 +121,14 @@ def ablation_effects(
     for enter in entries:
         with enter():
             pass
+    first_blocks = [0, *(min(c.blocks or model.engram_layers) for c in conditions)]  # type: ignore[attr-defined]
     frames = []
     for task in tasks:
         scores = score_items(
             model,
             task.items,
             [nullcontext, *entries],
+            first_blocks=first_blocks,
             batch_tokens=batch_tokens,
             progress=task.name if progress else "",
         )
@@ -138,6 +140,11 @@ def ablation_effects(
     )
     items = pd.concat(frames, ignore_index=True)
     return AblationEffects(model.identity.name, items, tuple(conditions), provenance, seed)
+
+
+def full_scores(model: Decoder, task: Task, *, batch_tokens: int = BATCH_TOKENS) -> pd.DataFrame:
+    """The "full" rows alone: what a model (a baseline) scores as it is."""
+    return _frame(task, FULL, score_items(model, task.items, [nullcontext], batch_tokens=batch_tokens), 0)
 
 
 def _check(tasks: Sequence[Task], conditions: Sequence[Condition]) -> None:
@@ -175,27 +182,28 @@ def _frame(task: Task, label: str, scores, row: int) -> pd.DataFrame:  # noqa: A
     )
 
 
-def summarise(items: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Paired estimates by task and condition from per-item rows (also of several tables joined)."""
+def summarise(items: pd.DataFrame, seed: int = 0, by: str = "task") -> pd.DataFrame:
+    """Paired estimates by task (or by "family": items of its tasks pooled) and condition from per-item rows."""
     import pandas as pd
 
     rows = []
-    for task, frame in items.groupby("task", sort=False):
+    for task, frame in items.groupby(by, sort=False):
         full = frame.loc[frame["condition"] == FULL]
+        draws = SharedDraws(np.random.default_rng(seed))
         for label, ablated in frame.groupby("condition", sort=False):
             if label != FULL:
-                rows.append({"task": task, "condition": label, **_summary(full, ablated, seed)})
+                rows.append({by: task, "condition": label, **_summary(full, ablated, draws)})
     return pd.DataFrame(rows)
 
 
-def _summary(full: pd.DataFrame, ablated: pd.DataFrame, seed: int) -> dict[str, object]:
+def _summary(full: pd.DataFrame, ablated: pd.DataFrame, draws: SharedDraws) -> dict[str, object]:
     if full["item"].tolist() != ablated["item"].tolist():
         raise ValueError("expected the same items in the same order under every condition")
     a, b = ({k: f[k].to_numpy(dtype=float) for k in ("correct", "logprob", "kl", "tokens")} for f in (full, ablated))
     groups = full["group"].to_numpy(dtype=str)
     chance = float(full["chance"].mean())  # pyright: ignore[reportArgumentType] - pandas: the mean of a column is a number
-    kept = retained_fraction(a["correct"], b["correct"], groups, rng=np.random.default_rng(seed), chance=chance)
-    paired = partial(paired_difference, groups=groups, rng=np.random.default_rng(seed))
+    kept = retained_fraction(a["correct"], b["correct"], groups, rng=draws, chance=chance)
+    paired = partial(paired_difference, groups=groups, rng=draws)
     estimates = {
         "score_full": kept.full,
         "score": kept.ablated,

@@ -1,9 +1,11 @@
 """How probable does a model find each continuation, under several conditions at once?
 
-log p(continuation | prompt) in nats, teacher-forced, summed over its tokens. Sequences of similar length share a batch,
-padded on the right by repeating their last token: nothing before it can see it in a causal model. A batch is run once
-per condition and only the scored positions are unembedded, a chunk at a time, so memory is one chunk of logits. Prompts
-longer than the context lose their beginning, never their end.
+log p(continuation | prompt) in nats, teacher-forced, summed over its tokens. Nothing is computed twice: a prefix that
+several continuations of an item share is read and unembedded once, the last token of a continuation is never read, and
+a condition starts at the first block it changes, from the streams of the reference. Sequences of similar length share a
+batch, padded on the right by repeating their last token (nothing before it can see it in a causal model), and only the
+positions that predict something are unembedded, a few rows of logits at a time. Prompts longer than the context lose
+their beginning, never their end.
 """
 
 from __future__ import annotations
@@ -11,17 +13,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from engram_interp.models.protocol import Decoder
 from engram_interp.models.text import start_tokens
 from engram_interp.probes.task_items import Item, Text
 from engram_interp.shapes import Int64, Tensor
 
-_CHUNK = 512  # scored positions unembedded at a time: 16 MB of logits at a vocabulary of 8192
+_ROWS = 64  # positions unembedded at a time: their logits (2 MB at a vocabulary of 8192) stay in the cache of a core
 BATCH_TOKENS = 4096
 
 Condition = Callable[[], AbstractContextManager[object]]
@@ -40,6 +43,16 @@ class EncodedChoice:
     def targets(self) -> tuple[int, ...]:
         """The continuation's tokens."""
         return self.tokens[self.first + 1 :]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A sequence to read. After `places[k]` it is asked for `asked[k]`, the (choice, target) pairs that follow there."""
+
+    item: int
+    tokens: tuple[int, ...]
+    places: tuple[int, ...]
+    asked: tuple[tuple[tuple[int, int], ...], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,14 +99,33 @@ def _ids(model: Decoder, text: Text) -> list[int]:
     return model.tokenizer.encode(text, add_special_tokens=False).ids if isinstance(text, str) else list(text)
 
 
-def batches(sequences: Sequence[EncodedChoice], batch_tokens: int = BATCH_TOKENS) -> Iterator[list[EncodedChoice]]:
-    """Sequences of similar length together, at most `batch_tokens` with padding (or one sequence)."""
-    batch: list[EncodedChoice] = []
-    for sequence in sorted(sequences, key=lambda s: (len(s.tokens), s.item, s.choice)):
-        if batch and (len(batch) + 1) * len(sequence.tokens) > batch_tokens:
+def shared_runs(encoded: Sequence[EncodedChoice]) -> list[Run]:
+    """The sequences that hold every predicting prefix of every item once; `encoded` is in the order of its items."""
+    runs = []
+    for item, group in groupby(encoded, key=lambda e: e.item):
+        asked: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        hosts: list[tuple[tuple[int, ...], list[tuple[int, ...]]]] = []
+        for choice in sorted(group, key=lambda e: -len(e.tokens)):  # the longest can hold prefixes of the others
+            prefixes = [choice.tokens[: p + 1] for p in range(choice.first, len(choice.tokens) - 1)]
+            if new := [prefix for prefix in prefixes if prefix not in asked]:
+                hosts.append((prefixes[-1], new))
+            for prefix, target in zip(prefixes, choice.targets, strict=True):
+                asked.setdefault(prefix, []).append((choice.choice, target))
+        runs += [
+            Run(item, tokens, tuple(len(p) - 1 for p in new), tuple(tuple(asked[p]) for p in new))
+            for tokens, new in hosts
+        ]
+    return runs
+
+
+def batches(runs: Sequence[Run], batch_tokens: int = BATCH_TOKENS) -> Iterator[list[Run]]:
+    """Runs of similar length together, at most `batch_tokens` with padding (or one run)."""
+    batch: list[Run] = []
+    for run in sorted(runs, key=lambda r: (len(r.tokens), r.item)):
+        if batch and (len(batch) + 1) * len(run.tokens) > batch_tokens:
             yield batch
             batch = []
-        batch.append(sequence)
+        batch.append(run)
     if batch:
         yield batch
 
@@ -110,38 +142,45 @@ def score_items(
     items: Sequence[Item],
     conditions: Sequence[Condition],
     *,
+    first_blocks: Sequence[int] | None = None,
     batch_tokens: int = BATCH_TOKENS,
     progress: str = "",
 ) -> Scores:
     """Score every item under every condition; the first is the reference (usually `nullcontext`).
 
-    Args: conditions: make a context manager each, entered around a forward; progress: label of a progress bar, "" for
-        none.
-    Raises: ValueError for an item that cannot be encoded.
+    Args: conditions: make a context manager each, entered around a forward; first_blocks: up to which block each
+        condition leaves the reference as it is (0: run it whole, as None does for all); progress: label of a progress
+        bar, "" for none.
+    Raises: ValueError for an item that cannot be encoded, or another number of first blocks than of conditions.
     """
     from tqdm import tqdm
 
+    starts = [0] * len(conditions) if first_blocks is None else list(first_blocks)
+    if len(starts) != len(conditions):
+        raise ValueError(f"expected a first block per condition ({len(conditions)}), found {len(starts)}")
     encoded = encode_items(model, items)
-    most = max(len(item.choices) for item in items)
-    shape = (len(conditions), len(items))
-    logprob, greedy = np.full((*shape, most), -np.inf), np.zeros(shape)
-    kl, tokens = np.zeros(shape), np.zeros(len(items))
-    with tqdm(total=len(encoded) * len(conditions), desc=progress, unit="seq", disable=not progress) as bar:
-        for batch in batches(encoded, batch_tokens):
-            parts = _score_batch(model, batch, conditions, bar.update)
-            for row, s in enumerate(batch):
-                logprob[:, s.item, s.choice] = parts[0][:, row]
-                if s.choice == 0:
-                    greedy[:, s.item], kl[:, s.item], tokens[s.item] = (
-                        parts[1][:, row],
-                        parts[2][:, row],
-                        len(s.targets),
-                    )
-    wrong = logprob[:, :, 1:].max(-1, initial=-np.inf)
     several = np.array([len(item.choices) > 1 for item in items])
+    shape = (len(conditions), len(items))
+    logprob = np.full((*shape, max(len(item.choices) for item in items)), -np.inf)
+    logprob[:, [e.item for e in encoded], [e.choice for e in encoded]] = 0.0
+    solved, kl = np.ones(shape), np.zeros(shape)
+    lengths = np.array([len(e.targets) for e in encoded if e.choice == 0], dtype=float)
+    runs = shared_runs(encoded)
+    with tqdm(total=len(runs) * len(conditions), desc=progress, unit="seq", disable=not progress) as bar:
+        for batch in batches(runs, batch_tokens):
+            asked = _Asked.of_batch(batch)
+            exits = []
+            for exit_hidden in _exits(model, batch, asked, conditions, starts):
+                exits.append(exit_hidden)
+                bar.update(len(batch))
+            found, first, divergence = _read(model, exits, asked, greedy=not several.all())
+            np.add.at(logprob, (slice(None), asked.item, asked.choice), found)
+            np.multiply.at(solved, (slice(None), asked.item[asked.right]), first)
+            np.add.at(kl, (slice(None), asked.item[asked.right]), divergence)
+    wrong = logprob[:, :, 1:].max(-1, initial=-np.inf)
     margin = np.where(several, logprob[:, :, 0] - np.where(several, wrong, 0.0), np.nan)
-    correct = np.where(several, (margin > 0).astype(float), greedy)
-    return Scores(logprob[:, :, 0].copy(), correct, margin, kl, _ranks(logprob, items), tokens)
+    correct = np.where(several, (margin > 0).astype(float), solved)
+    return Scores(logprob[:, :, 0].copy(), correct, margin, kl / lengths, _ranks(logprob, items), lengths)
 
 
 def _ranks(
@@ -154,31 +193,82 @@ def _ranks(
     return np.where(wrong > 0, wins / np.maximum(wrong, 1), np.nan)
 
 
-def _score_batch(
-    model: Decoder, batch: list[EncodedChoice], conditions: Sequence[Condition], tick: Callable[[int], object]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sum of log p, whether all tokens are first choices, and mean KL: each [conditions, B]."""
-    tokens = right_padded([s.tokens for s in batch])
-    rows = torch.tensor([r for r, s in enumerate(batch) for _ in s.targets])
-    places = torch.tensor([s.first + j for s in batch for j in range(len(s.targets))])
-    targets = torch.tensor([t for s in batch for t in s.targets])
-    exits = []
-    for condition in conditions:
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """What a batch is asked: unembed at (row, place), then look up a target in the row `of` those.
+
+    Places that predict a token of a right continuation come first, `rights` of them; `right` finds their pairs, in the
+    same order.
+    """
+
+    row: Int64[Tensor, " places"]
+    place: Int64[Tensor, " places"]
+    rights: int
+    of: Int64[Tensor, " pairs"]
+    target: Int64[Tensor, " pairs"]
+    item: Shaped[np.ndarray, " pairs"]
+    choice: Shaped[np.ndarray, " pairs"]
+    right: Shaped[np.ndarray, " rights"]
+
+    @classmethod
+    def of_batch(cls, batch: Sequence[Run]) -> _Asked:
+        every = [
+            (r, place, pairs) for r, run in enumerate(batch) for place, pairs in zip(run.places, run.asked, strict=True)
+        ]
+        every.sort(key=lambda e: all(choice for choice, _ in e[2]))  # False first: stable, so runs keep their order
+        pairs = [
+            (u, batch[r].item, choice, target) for u, (r, _, asked) in enumerate(every) for choice, target in asked
+        ]
+        of, item, choice, target = (np.array(column) for column in zip(*pairs, strict=True))
+        right = np.flatnonzero(choice == 0)
+        row, place = (torch.tensor([e[i] for e in every]) for i in (0, 1))
+        return cls(row, place, len(right), torch.from_numpy(of), torch.from_numpy(target), item, choice, right)
+
+
+def _exits(
+    model: Decoder, batch: Sequence[Run], asked: _Asked, conditions: Sequence[Condition], starts: Sequence[int]
+) -> Iterator[Float[Tensor, "places D"]]:
+    """What the unembedding reads at every place, condition by condition."""
+    tokens = right_padded([run.tokens for run in batch])
+    sites: list[Tensor] = []
+    for condition, start in zip(conditions, starts, strict=True):
         with condition():
-            hidden = model.residuals(tokens)[-1]
-            exits.append(model.exit_hidden(hidden[rows, places].unsqueeze(1)).squeeze(1))
-        tick(len(batch))
-    logprob, first, kl = (torch.zeros(len(conditions), len(targets), dtype=torch.float64) for _ in range(3))
-    for start in range(0, len(targets), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        reference: Tensor | None = None
+            if not sites:
+                sites = model.residuals(tokens)
+                hidden = sites[-1]
+            else:
+                hidden = model.resume(tokens, sites[start], start) if start else model.residuals(tokens)[-1]
+            exit_hidden = model.exit_hidden(hidden[asked.row, asked.place].unsqueeze(1)).squeeze(1)
+        yield exit_hidden
+
+
+def _read(
+    model: Decoder, exits: Sequence[Float[Tensor, "places D"]], asked: _Asked, *, greedy: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """log p of every pair; whether each right token is the first choice (0 unless `greedy`), and the KL there.
+
+    All [conditions, ...], float64.
+    """
+    pairs, rights = (len(exits), len(asked.of)), (len(exits), asked.rights)
+    logprob, first, kl = torch.zeros(pairs), torch.zeros(rights), torch.zeros(rights)
+    for start in range(0, len(asked.row), _ROWS):
+        stop = start + _ROWS
+        here = slice(*torch.searchsorted(asked.of, torch.tensor([start, stop])).tolist())
+        of, target = asked.of[here] - start, asked.target[here]
+        right = slice(start, min(stop, asked.rights))
+        count = max(0, right.stop - start)
+        answers = asked.target[asked.right][right]
+        reference = probability = torch.empty(0)
         for c, exit_hidden in enumerate(exits):
-            log_p = model.unembed(exit_hidden[part]).float().log_softmax(-1)
-            reference = log_p if reference is None else reference
-            logprob[c, part] = log_p.gather(1, targets[part, None]).squeeze(1).double()
-            first[c, part] = (log_p.argmax(-1) == targets[part]).double()
-            if c:  # the reference's divergence from itself is 0 by definition
-                kl[c, part] = (reference.exp() * (reference - log_p)).sum(-1).double()
-    count = torch.bincount(rows, minlength=len(batch))
-    add = lambda x: torch.zeros(len(conditions), len(batch), dtype=torch.float64).index_add_(1, rows, x)  # noqa: E731
-    return add(logprob).numpy(), (add(first) == count).double().numpy(), (add(kl) / count).numpy()
+            log_p = model.unembed(exit_hidden[start:stop]).float().log_softmax(-1)
+            logprob[c, here] = log_p[of, target]
+            if not count:
+                continue
+            log_p = log_p[:count]
+            if greedy:
+                first[c, right] = (log_p.argmax(-1) == answers).float()
+            if c == 0:
+                reference, probability = log_p, log_p.exp()
+            else:  # the reference's divergence from itself is 0 by definition
+                kl[c, right] = torch.linalg.vecdot(probability, reference - log_p)
+    return logprob.double().numpy(), first.double().numpy(), kl.double().numpy()

@@ -41,15 +41,17 @@ class DataSource:
     keep: Callable[[Record], bool]
     item: Callable[[Record, str, list[Record], _Draw], Item | None]
 
-    def items(self, path: Path, limit: int, rng: np.random.Generator, distractors: int | None = 3) -> list[Item]:
-        """At most `limit` items, drawn without replacement, in file order; `distractors` as in `load_tasks`.
+    def items(
+        self, path: Path, limit: int | None, rng: np.random.Generator, distractors: int | None = 3
+    ) -> list[Item]:
+        """At most `limit` items (None: all), drawn without replacement, in file order; `distractors` as in `load_tasks`.
 
         Raises: ValueError naming the file and line, or a missing key.
         """
         try:
             records = [(n, r) for n, r in enumerate(_read(path), start=1) if self.keep(r)]
             every = [r for _, r in records]
-            chosen = np.sort(rng.choice(len(records), size=min(limit, len(records)), replace=False))
+            chosen = np.sort(rng.choice(len(records), size=min(limit or len(records), len(records)), replace=False))
             draw = _Draw(distractors, rng)
             made = [self.item(records[i][1], f"{path.name.split('.')[1]}.{records[i][0]}", every, draw) for i in chosen]
         except (KeyError, TypeError, IndexError) as error:

@@ -55,8 +55,8 @@ HUB_SOURCES = {
 }
 
 
-def hub_items(task: str, limit: int, rng: np.random.Generator) -> tuple[HubSource, list[Item]]:
-    """At most `limit` items of a task such as `hub:lambada` or `hub:lambada=my-org/my-set`, in file order.
+def hub_items(task: str, limit: int | None, rng: np.random.Generator) -> tuple[HubSource, list[Item]]:
+    """At most `limit` items (None: all) of a task such as `hub:lambada` or `hub:lambada=my-org/my-set`, in file order.
 
     Raises: ValueError for an unknown task, without the package `datasets`, when the data set cannot be read (no network), or
         when its records lack a column.
@@ -66,7 +66,7 @@ def hub_items(task: str, limit: int, rng: np.random.Generator) -> tuple[HubSourc
         raise ValueError(f"unknown task {task!r}: expected one of {', '.join(HUB_PREFIX + key for key in HUB_SOURCES)}")
     source = HUB_SOURCES[name]
     records = _read(source, identity)
-    chosen = np.sort(rng.choice(len(records), size=min(limit, len(records)), replace=False)).tolist()
+    chosen = np.sort(rng.choice(len(records), size=min(limit or len(records), len(records)), replace=False)).tolist()
     try:
         return source, [source.item(records[i], f"{name}.{i}") for i in chosen]
     except (KeyError, TypeError, ValueError) as error:

@@ -52,6 +52,7 @@ _GENERATED: dict[str, tuple[str, _Builder]] = {
     "arithmetic": ("arithmetic", lambda tokenizer, limit, rng: arithmetic_items(limit, rng)),
 }
 GENERATED_TASKS = tuple(_GENERATED)
+GENERATED_ITEMS = 2000
 DATA_TASKS = tuple(DATA_SOURCES)
 
 
@@ -60,30 +61,32 @@ def load_tasks(
     tokenizer: Tokenizer,
     *,
     data: Path | None = None,
-    limit: int = 500,
+    limit: int | None = 500,
     seed: int = 0,
     distractors: int | None = 3,
 ) -> list[Task]:
     """Build tasks by name.
 
     Args: names: of `GENERATED_TASKS` or `DATA_TASKS`, or `hub:NAME` (`probes.task_hub`); data: the folder with
-        `eval/*.jsonl.zst`, for the second; limit: items per task, drawn by `seed`; tokenizer: of the model (induction
-        repeats its word tokens); distractors: wrong objects beside a fact's right one, None for all of its relation.
+        `eval/*.jsonl.zst`, for the second; limit: items per task, drawn by `seed`, None for all there are (generated
+        tasks: GENERATED_ITEMS); tokenizer: of the model (induction repeats its word tokens); distractors: wrong objects
+        beside a fact's right one, None for all of its relation.
     Raises: ValueError for an unknown name, a data task without `data`, or a file that is missing or malformed.
     """
     return [_load(name, tokenizer, data, limit, seed, distractors) for name in names]
 
 
-def _load(name: str, tokenizer: Tokenizer, data: Path | None, limit: int, seed: int, distractors: int | None) -> Task:
+def _load(
+    name: str, tokenizer: Tokenizer, data: Path | None, limit: int | None, seed: int, distractors: int | None
+) -> Task:
     rng = np.random.default_rng((seed, *name.encode()))
     if name in _GENERATED:
         family, build = _GENERATED[name]
-        return Task(
-            name, family, tuple(build(tokenizer, limit, rng)), "bundled gallery" if "gallery" in name else "generated"
-        )
+        items = tuple(build(tokenizer, GENERATED_ITEMS if limit is None else limit, rng))
+        return Task(name, family, items, "bundled gallery" if "gallery" in name else "generated")
     if name.startswith(HUB_PREFIX):
-        hub, items = hub_items(name, limit, rng)
-        return Task(name, hub.family, tuple(items), name.partition("=")[2] or hub.id)
+        hub, found = hub_items(name, limit, rng)
+        return Task(name, hub.family, tuple(found), name.partition("=")[2] or hub.id)
     if name not in DATA_SOURCES:
         raise ValueError(f"unknown task {name!r}: expected one of {', '.join((*GENERATED_TASKS, *DATA_TASKS))}")
     if data is None:

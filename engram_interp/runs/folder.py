@@ -55,14 +55,14 @@ class RunFolder:
         _write_parquet(folder / f"{_checked(table)}.parquet", frame)
         self._update(tables={**self.manifest.tables, table: len(frame)})
 
-    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         """Put a safetensors file in place."""
         from safetensors.torch import save_file
 
         folder = self.path / "tensors"
         folder.mkdir(exist_ok=True)
         contiguous = {key: value.detach().contiguous() for key, value in tensors.items()}
-        write_atomically(folder / f"{_checked(name)}.safetensors", lambda part: save_file(contiguous, part))
+        write_atomically(folder / f"{_checked(name)}.safetensors", lambda part: save_file(contiguous, part, metadata))
         self._update(tensors=sorted({*self.manifest.tensors, name}))
 
     def write_text(self, name: str, text: str) -> None:
@@ -72,14 +72,14 @@ class RunFolder:
     def gather(self, table: str, shards: Sequence[str]) -> pd.DataFrame:
         """Join the pieces of a table in the given order and write the whole.
 
-        Raises: RunError when a piece is missing.
+        Raises: RunError when a piece is missing or damaged.
         """
         import pandas as pd
 
         if missing := sorted(set(shards) - set(self.done_shards(table))):
             raise RunError(f"{self.path}: table {table!r} lacks {len(missing)} pieces, the first is {missing[0]!r}")
         folder = self.path / "shards" / table
-        frame = pd.concat([pd.read_parquet(folder / f"{shard}.parquet") for shard in shards], ignore_index=True)
+        frame = pd.concat([_read_piece(folder / f"{shard}.parquet") for shard in shards], ignore_index=True)
         self.write_table(table, frame)
         return frame
 
@@ -104,7 +104,8 @@ def start_run(
 ) -> Iterator[RunFolder]:
     """Start a run, or go on with one that was stopped; records done, failed or cancelled on the way out.
 
-    Raises: RunError when the folder holds something else, or a run of another configuration, model, text or seed.
+    Raises: RunError when the folder holds something else, or a run of another configuration, model, text, seed or
+        software version.
     """
     fresh = Manifest(
         study=study, config=config, command=command(), versions=versions(), commit=commit(), models=dict(models),
@@ -128,7 +129,7 @@ def start_run(
 
 def _continued(path: Path, fresh: Manifest) -> Manifest:
     old = read_manifest(path)
-    for key in ("study", "config", "models", "texts_sha256", "seeds"):
+    for key in ("study", "config", "models", "texts_sha256", "seeds", "versions"):
         if (was := getattr(old, key)) != (wanted := getattr(fresh, key)):
             raise RunError(
                 f"{path}: holds a run with another {key} (expected {wanted}, found {was}); choose another folder"
@@ -140,6 +141,16 @@ def _checked(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise RunError(f"expected a name of letters, digits and _.+=-, found {name!r}")
     return name
+
+
+def _read_piece(file: Path) -> pd.DataFrame:
+    import pandas as pd
+    from pyarrow import ArrowException
+
+    try:
+        return pd.read_parquet(file)
+    except (OSError, ArrowException) as error:
+        raise RunError(f"{file}: damaged ({error}); delete it to have it made again") from None
 
 
 def _write_parquet(path: Path, frame: pd.DataFrame) -> None:
@@ -226,8 +237,11 @@ def list_runs(root: Path) -> list[RunSummary]:
 
 
 def _looks_like_run(path: Path) -> bool:
-    """Anything but a folder that only groups other folders, or one of another program."""
-    return any((path / part).exists() for part in (MANIFEST, "tables", "shards")) or not any(path.iterdir())
+    """Anything but a folder that only groups other folders, or one of another program; one that cannot be read, too."""
+    try:
+        return any((path / part).exists() for part in (MANIFEST, "tables", "shards")) or not any(path.iterdir())
+    except OSError:
+        return True
 
 
 def _summary(path: Path) -> RunSummary:

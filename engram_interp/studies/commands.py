@@ -1,6 +1,7 @@
 """Studies from a terminal.
 
-`python -m experiments.NAME CONFIG [--seeds ...] [--out DIR] [--data DIR]` runs or continues a study in a run folder;
+`python -m experiments.NAME [CONFIG] [--seeds ...] [--out DIR] [--data DIR] [--workers N]` runs or continues a study in
+a run folder;
 `engram-interp ablate MODEL --config F` gives the ablation effects of any model from one file, without a run folder.
 """
 
@@ -11,14 +12,23 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from pydantic import Field
 
 from engram_interp.models.adapters.opening import open_decoder
-from engram_interp.probes.ablation import DEFAULT_KINDS, Condition, ablation_effects, default_conditions
+from engram_interp.models.protocol import MemoryModel
+from engram_interp.probes.ablation import (
+    DEFAULT_KINDS,
+    AblationEffects,
+    Condition,
+    ablation_effects,
+    default_conditions,
+)
+from engram_interp.runs.atomic import write_atomically
 from engram_interp.studies.ablation import fitted_statistics, known_kinds
-from engram_interp.studies.config import StudyConfig, load_study_config
-from engram_interp.studies.program import Study, run
+from engram_interp.studies.config import StudyConfig, changed, load_study_config
+from engram_interp.studies.program import SPEED, Study, run
 from engram_interp.studies.texts import fit_texts, study_tasks
 from engram_interp.studies.training_study import TrainingStudy, run_training_study
 
@@ -32,20 +42,24 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> int:
         exit code 2.
     """
     parser = argparse.ArgumentParser(prog=f"python -m experiments.{study.name}")
-    parser.add_argument("config", type=Path, help=f"a YAML file, such as experiments/configs/{study.name}.yaml")
+    default = Path("experiments/configs") / f"{study.name}.yaml"
+    parser.add_argument("config", type=Path, nargs="?", default=default, help="a YAML file (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the configuration's")
     parser.add_argument("--out", type=Path, default=RUNS / study.name, help="run folder (default: %(default)s)")
     parser.add_argument("--data", type=Path, help="folder with the corpora and eval/, instead of the configuration's")
+    parser.add_argument("--workers", type=int, help="processes that share the work")
     given = parser.parse_args(arguments)
     try:
         config = load_study_config(study.config, given.config)
-        changes = {"seeds": tuple(given.seeds) if given.seeds else None, "data": given.data}
-        config = config.model_copy(update={k: v for k, v in changes.items() if v is not None})
+        changes = {"seeds": tuple(given.seeds) if given.seeds else None, "data": given.data, "workers": given.workers}
+        config = changed(config, **changes)
         report = run(study, config, given.out)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(*report.headline, sep="\n")
+    if (given.out / SPEED).is_file():
+        print(f"speed: {(given.out / SPEED).read_text(encoding='utf-8')}")
     print(f"run folder: {given.out}")
     return 0
 
@@ -76,11 +90,12 @@ def training_main(study: TrainingStudy, arguments: Sequence[str] | None = None) 
 class AblateConfig(StudyConfig):
     """Tasks, `conditions`, and `kinds` taken jointly and per block; with neither, the default family of kinds.
 
-    The configuration of `remove_engram` is one of these.
+    The configuration of `remove_engram` is one of these; its `baseline` is not read here.
     """
 
     conditions: tuple[Condition, ...] = Field(())
     kinds: tuple[str, ...] = Field(())
+    baseline: str | None = None
 
 
 def run_ablate(
@@ -98,10 +113,10 @@ def run_ablate(
     Raises: ConfigError, CheckpointError or ValueError, each naming what was expected; ValueError for another ending of
         `out`.
     """
-    settings = load_study_config(AblateConfig, config)
-    if data is not None:
-        settings = settings.model_copy(update={"data": data})
-    opened = open_decoder(model, base)
+    if out is not None and out.suffix not in (".html", ".csv", ".json"):
+        raise ValueError(f"expected a file ending in .html, .csv or .json, found {out.name!r}")
+    settings = changed(load_study_config(AblateConfig, config), data=data)
+    opened = cast("MemoryModel", open_decoder(model, base or settings.base))
     kinds = settings.kinds or (() if settings.conditions else DEFAULT_KINDS)
     conditions = [*settings.conditions, *default_conditions(opened, known_kinds(kinds))]
     seed = settings.seeds[0]
@@ -125,12 +140,10 @@ def run_ablate(
     return 0
 
 
-def _write(effects, out: Path) -> None:  # noqa: ANN001
-    if out.suffix == ".html":
-        effects.figure().write_html(out)
-    elif out.suffix == ".csv":
-        effects.table().to_csv(out, index=False)
-    elif out.suffix == ".json":
-        out.write_text(json.dumps(effects.as_dict(), allow_nan=False), encoding="utf-8")
-    else:
-        raise ValueError(f"expected a file ending in .html, .csv or .json, found {out.name!r}")
+def _write(effects: AblationEffects, out: Path) -> None:
+    writers = {
+        ".html": lambda part: effects.figure().write_html(part),
+        ".csv": lambda part: effects.table().to_csv(part, index=False),
+        ".json": lambda part: part.write_text(json.dumps(effects.as_dict(), allow_nan=False), encoding="utf-8"),
+    }
+    write_atomically(out, writers[out.suffix])

@@ -1,20 +1,32 @@
-"""The list of studies in `experiments/README.md`, made from the studies themselves so that it cannot fall behind."""
+"""`experiments/README.md`: the list of studies, made from the studies themselves, and what they last found.
+
+Run folders are not part of the project; `collect_results` keeps of each finished one what is needed to defend its
+headline (`experiments/results/NAME.json`), and the file is rendered from these alone, so that a test can check it.
+"""
 
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
+
+from engram_interp.runs.atomic import write_atomically
+from engram_interp.runs.folder import list_runs, open_run
+from engram_interp.studies.program import HEADLINE, SPEED
 
 HEADER = """# Experiments
 
 Each study is one command: a strict configuration, a run folder (manifest, parquet tables, figure.html), and a result
 with intervals. A study killed at any moment goes on where it was when started again, to the same bytes. `--seeds`,
-`--out` and `--data` override the configuration; `engram-interp runs list|show|table` reads the folders.
+`--out`, `--data` and `--workers` override the configuration; `engram-interp runs list|show|table` reads the folders.
 
 | study | question | command | tables |
 |---|---|---|---|
 """
-FOOTER = "\nThis file is written by `python -m experiments`.\n"
+FOOTER = """
+This file is written by `python -m experiments`, which also takes in the finished runs under `runs/studies`.
+"""
+_KEPT = ("study", "models", "texts_sha256", "seeds", "commit", "versions", "finished")
 
 
 def render_readme(experiments: Path) -> str:
@@ -23,7 +35,38 @@ def render_readme(experiments: Path) -> str:
     Raises: ValueError naming a study without a docstring, a `TABLES` constant or a configuration.
     """
     programs = sorted(p for p in experiments.glob("*.py") if not p.name.startswith("_"))
-    return HEADER + "".join(_row(p) for p in programs) + FOOTER
+    results = [_result(p.stem, experiments / "results" / f"{p.stem}.json") for p in programs]
+    return HEADER + "".join(_row(p) for p in programs) + "\n## Results\n" + "".join(results) + FOOTER
+
+
+def collect_results(runs: Path, results: Path) -> list[str]:
+    """Keep the headline of every finished study under `runs`; gives their names.
+
+    Raises: RunError when a finished run is damaged.
+    """
+    taken = []
+    for run in list_runs(runs) if runs.is_dir() else []:
+        if run.status != "done" or run.name != run.study or not (run.path / HEADLINE).is_file():
+            continue
+        kept = open_run(run.path).manifest.model_dump(include=set(_KEPT))
+        kept["headline"] = (run.path / HEADLINE).read_text(encoding="utf-8").splitlines()
+        kept["speed"] = json.loads((run.path / SPEED).read_text(encoding="utf-8"))
+        results.mkdir(exist_ok=True)
+        text = json.dumps(kept, indent=1, sort_keys=True) + "\n"
+        write_atomically(results / f"{run.study}.json", lambda part, text=text: part.write_text(text, encoding="utf-8"))
+        taken.append(run.study)
+    return taken
+
+
+def _result(study: str, file: Path) -> str:
+    if not file.is_file():
+        return f"\n### {study}\n\nNot run yet.\n"
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    models = ", ".join(f"{name} {digest[:12]}" for name, digest in kept["models"].items())
+    where = f"{models}; seeds {', '.join(map(str, kept['seeds']))}; {kept['finished']}; commit {kept['commit'] or 'unknown'}"
+    speed = f"{kept['speed']['items_per_second']:.1f} items/s under {kept['speed']['conditions']} conditions, "
+    speed += f"{kept['speed']['workers']} processes"
+    return f"\n### {study}\n\n{where}; {speed}\n\n```\n" + "\n".join(kept["headline"]) + "\n```\n"
 
 
 def _row(program: Path) -> str:
@@ -36,5 +79,5 @@ def _row(program: Path) -> str:
     config = program.parent / "configs" / f"{program.stem}.yaml"
     if not question or not tables or not config.is_file():
         raise ValueError(f"{program.name}: expected a docstring, TABLES and configs/{config.name}")
-    command = f"`python -m experiments.{program.stem} experiments/configs/{config.name}`"
+    command = f"`python -m experiments.{program.stem} --data DATA`"
     return f"| {program.stem} | {question} | {command} | {', '.join(tables)} |\n"

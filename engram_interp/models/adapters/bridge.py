@@ -120,6 +120,12 @@ class _Adapted:
             self(tokens)
         return records
 
+    def resume(
+        self, tokens: Int64[Tensor, "B T"], hidden: Float[Tensor, "B T 1 D"], block: int
+    ) -> Float[Tensor, "B T 1 D"]:
+        """The stream after the last block, from a whole forward: a host begins nowhere else."""
+        return self.residuals(tokens)[-1]
+
     def reduce_streams(self, hidden: Float[Tensor, "B T 1 D"]) -> Float[Tensor, "B T D"]:
         """The one stream."""
         return hidden.squeeze(2)

@@ -267,6 +267,12 @@ class HostedModel(HookedMemory):
             self(tokens)
         return records
 
+    def resume(
+        self, tokens: Int64[Tensor, "B T"], hidden: Float[Tensor, "B T M D"], block: int
+    ) -> Float[Tensor, "B T M D"]:
+        """The streams after the last block, from a whole forward: a host begins nowhere else."""
+        return self.residuals(tokens)[-1]
+
     def reduce_streams(self, hidden: Float[Tensor, "B T M D"]) -> Float[Tensor, "B T D"]:
         """The mean over streams (the host's own reduction sits inside its final norm and has no value of its own)."""
         return hidden.mean(2)
