@@ -20,9 +20,7 @@ def test_value_and_gradients_match_the_reference(length: int) -> None:
     *inputs, grad = draw(length)
     found, expected = causal_attention(*inputs), causal_attention_reference(*inputs)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    for a, b in zip(
-        torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
-    ):
+    for a, b in zip(torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 

@@ -144,7 +144,9 @@ def score_items(
     return Scores(logprob[:, :, 0].copy(), correct, margin, kl, _ranks(logprob, items), tokens)
 
 
-def _ranks(logprob: Float[np.ndarray, "conditions n choices"], items: Sequence[Item]) -> Float[np.ndarray, "conditions n"]:
+def _ranks(
+    logprob: Float[np.ndarray, "conditions n choices"], items: Sequence[Item]
+) -> Float[np.ndarray, "conditions n"]:
     right = logprob[:, :, :1]
     there = np.arange(logprob.shape[2]) < np.array([len(item.choices) for item in items])[:, None]
     wins = np.where(there, (logprob < right) + 0.5 * (logprob == right), 0.0)[:, :, 1:].sum(-1)

@@ -74,9 +74,7 @@ def load_tasks(
     return [_load(name, tokenizer, data, limit, seed, distractors) for name in names]
 
 
-def _load(
-    name: str, tokenizer: Tokenizer, data: Path | None, limit: int, seed: int, distractors: int | None
-) -> Task:
+def _load(name: str, tokenizer: Tokenizer, data: Path | None, limit: int, seed: int, distractors: int | None) -> Task:
     rng = np.random.default_rng((seed, *name.encode()))
     if name in _GENERATED:
         family, build = _GENERATED[name]
@@ -91,4 +89,6 @@ def _load(
     if data is None:
         raise ValueError(f"task {name!r} reads files: give the data folder that holds eval/{DATA_SOURCES[name].file}")
     source = DATA_SOURCES[name]
-    return Task(name, source.family, tuple(source.items(data / "eval" / source.file, limit, rng, distractors)), source.file)
+    return Task(
+        name, source.family, tuple(source.items(data / "eval" / source.file, limit, rng, distractors)), source.file
+    )
