@@ -71,7 +71,9 @@ def guarded() -> Iterator[None]:
 
     def store(pointers, value, mask, *rest):
         for at in active(pointers, mask).tolist():
-            if stored.setdefault(at, builder.grid_idx) != builder.grid_idx or loaded.get(at, set()) - {builder.grid_idx}:
+            if stored.setdefault(at, builder.grid_idx) != builder.grid_idx or loaded.get(at, set()) - {
+                builder.grid_idx
+            }:
                 raise AccessError(f"program {builder.grid_idx} stores what another program stored or loaded")
         return masked_store(pointers, value, mask, *rest)
 
@@ -175,7 +177,11 @@ def shift_in_place(source, out, n, BLOCK: tl.constexpr):
 
 @pytest.mark.parametrize(
     ("kernel", "message"),
-    [(copy_unmasked, "4 lanes outside"), (write_one_place, "another program"), (shift_in_place, "another program|one element")],
+    [
+        (copy_unmasked, "4 lanes outside"),
+        (write_one_place, "another program"),
+        (shift_in_place, "another program|one element"),
+    ],
 )
 def test_the_guard_catches_planted_errors(kernel, message):
     source, out = torch.ones(28), torch.zeros(28)

@@ -59,7 +59,9 @@ def test_nothing_needs_triton():
     assert run.returncode == 0, run.stderr
 
 
-def compiled(kernel, pointers: dict[str, str], integers: dict[str, str], constants: dict[str, int], arch: int, **options):
+def compiled(
+    kernel, pointers: dict[str, str], integers: dict[str, str], constants: dict[str, int], arch: int, **options
+):
     """A kernel compiled for a GPU that is not here, with the alignment a launch would find."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -84,7 +86,10 @@ def resources(built, arch: int, folder: Path) -> dict[str, int]:
     ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     name = f"sm_{arch}a" if arch == 90 else f"sm_{arch}"
     report = subprocess.run(
-        [ptxas, "-v", "--gpu-name", name, ptx, "-o", folder / "kernel.cubin"], capture_output=True, text=True, check=True
+        [ptxas, "-v", "--gpu-name", name, ptx, "-o", folder / "kernel.cubin"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stderr
     found = {
         "registers": r"Used (\d+) registers", "stores": r"(\d+) bytes spill stores", "loads": r"(\d+) bytes spill loads"

@@ -44,7 +44,9 @@ def _tile_dot(a, b, rows, columns, n, v, D: tl.constexpr, BLOCK_N: tl.constexpr,
             a + rows.to(tl.int64)[:, None] * D + k[None, :], mask=(rows < n)[:, None] & (k < D)[None, :], other=0.0
         )
         right = tl.load(
-            b + columns.to(tl.int64)[None, :] * D + k[:, None], mask=(columns < v)[None, :] & (k < D)[:, None], other=0.0
+            b + columns.to(tl.int64)[None, :] * D + k[:, None],
+            mask=(columns < v)[None, :] & (k < D)[:, None],
+            other=0.0,
         )
         if UPCAST:
             left, right = left.to(tl.float32), right.to(tl.float32)
