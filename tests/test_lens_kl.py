@@ -180,8 +180,9 @@ def test_choice_follows_the_machine(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.setattr(module, "find_spec", lambda name: object())
     assert choose_path(cuda).path == choose_path(cuda, "triton").path == "triton"
+    assert choose_path(cuda, "fast").path == "triton_bfloat16"
     monkeypatch.setattr(module, "find_spec", lambda name: None)
-    assert choose_path(cuda).path == "exact"
+    assert choose_path(cuda).path == choose_path(cuda, "fast").path == "exact"
 
 
 @pytest.mark.usefixtures("unchecked_shapes")

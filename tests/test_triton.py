@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes one block may use
@@ -105,8 +106,7 @@ def test_lens_kernels_fit_the_gpu(name, dtype, arch, tmp_path):
     from engram_interp.kernels import triton_lens
 
     pointers = {key: dtype if kind == "x" else kind for key, kind in KERNELS[name]["pointers"].items()}
-    tile = triton_lens.TILE if name == "lens_tile" else triton_lens.DELTA_TILE
-    launch = triton_lens.LAUNCH if name == "lens_tile" else triton_lens.DELTA_LAUNCH
+    tile, launch = triton_lens.PLANS[name, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]]
     constants = {**tile, "D": 256, "UPCAST": False, "PRECISION": triton_lens.PRECISION}
     integers = dict.fromkeys(("n", "v", "tiles"), "i32")
     built = compiled(getattr(triton_lens, name), pointers, integers, constants, arch, **launch)

@@ -46,7 +46,7 @@ _SAMPLE = 32  # tokens checked in each call: 2 % of the work at 2,048 tokens
 class PathChoice:
     """Which arithmetic was taken, in which words the provenance records it, and why."""
 
-    path: Literal["exact", "bfloat16", "flash", "triton"]
+    path: Literal["exact", "bfloat16", "flash", "triton", "triton_bfloat16"]
     description: str
     reason: str
 
@@ -78,8 +78,12 @@ def choose_path(device: torch.device, path: LensPath = "auto", *, top1: bool = F
     exact = PathChoice("exact", "identity, float32 tiles", f"{path} on {device.type}")
     if path == "exact" or (path == "auto" and not (cuda and find_spec("triton"))):
         return exact
+    if cuda and find_spec("triton"):
+        if path == "fast":
+            return PathChoice("triton_bfloat16", "identity, Triton lens_tile on bfloat16 vectors", "fast on cuda")
+        return PathChoice("triton", "identity, Triton lens_tile on float32 vectors", f"{path} on cuda")
     if cuda:
-        return PathChoice("triton", "identity, Triton lens_tile in float32", f"{path} on cuda")
+        return PathChoice("exact", exact.description, "fast asked for, but Triton is not installed")
     if torch.cpu._is_amx_tile_supported():
         return PathChoice("flash", "identity, bfloat16 flash attention", "fast on a CPU with AMX")
     if torch.cpu._is_avx512_bf16_supported():
@@ -154,8 +158,12 @@ class _Engine:
             final = partial(exact_partition, head=key, mean=True)
             return cls(key, lambda h: h.bfloat16().float(), final, partial(flash_partition, head=key), False)
         partition = exact_partition
-        if choice.path == "triton":
+        if choice.path.startswith("triton"):
             from engram_interp.kernels.triton_lens import triton_partition as partition
+        if choice.path == "triton_bfloat16":
+            head = head.bfloat16()
+            site = partial(partition, head=head)
+            return cls(head, lambda h: h.bfloat16().float(), partial(site, mean=True), site, False)
         site = partial(partition, head=head, top1=top1)
         return cls(head, lambda h: h, partial(site, mean=True), site, True)
 

@@ -14,6 +14,7 @@ sm_80 and sm_90 (`tests/test_triton.py`), never timed.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import no_type_check
 
 import torch
@@ -24,11 +25,17 @@ from jaxtyping import Float64
 from engram_interp.kernels.partition import Partition
 from engram_interp.shapes import Float, Tensor
 
-TILE = {"BLOCK_N": 64, "BLOCK_V": 128, "BLOCK_D": 64}
-DELTA_TILE = {"BLOCK_N": 128, "BLOCK_V": 64, "BLOCK_D": 64}  # two accumulators: twice the warps, no spills
-LAUNCH = {"num_warps": 4, "num_stages": 3}
-DELTA_LAUNCH = {"num_warps": 8, "num_stages": 3}
 PRECISION = "tf32x3"
+# (tile, launch) by kernel and dtype: the largest of those tried that spill nothing on sm_80 and sm_90
+_WIDE = {"BLOCK_N": 64, "BLOCK_V": 128, "BLOCK_D": 64}, {"num_warps": 4, "num_stages": 3}
+_TALL = {"BLOCK_N": 128, "BLOCK_V": 64, "BLOCK_D": 64}, {"num_warps": 8, "num_stages": 3}  # two accumulators
+_SMALL = {"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_D": 32}, {"num_warps": 4, "num_stages": 2}  # split float32
+PLANS = {
+    ("lens_tile", torch.bfloat16): _WIDE,
+    ("lens_delta", torch.bfloat16): _TALL,
+    ("lens_tile", torch.float32): _SMALL,
+    ("lens_delta", torch.float32): _SMALL,
+}
 _MEAN_TILE = (4096, 8192)  # rows and columns of logits that the final layer's mean holds at once
 
 
@@ -96,15 +103,14 @@ def triton_partition(
 ) -> Partition:
     """See `exact_partition`; on the device of `hidden`, in the dtype of `head`. `top1` is always given."""
     hidden, head = hidden.to(head.dtype).contiguous(), head.contiguous()
-    n, v, tiles = len(hidden), len(head), triton.cdiv(len(head), TILE["BLOCK_V"])
-    peak, total = (hidden.new_empty((n, tiles), dtype=torch.float32) for _ in range(2))
-    best = hidden.new_empty((n, tiles), dtype=torch.int32)
-    lens_tile[triton.cdiv(n, TILE["BLOCK_N"]), tiles](hidden, head, peak, total, best, n, v, tiles, D=hidden.shape[1],
-                               **_options(TILE, LAUNCH))  # fmt: skip
+    launch = _Launch.of("lens_tile", hidden, head)
+    peak, total = (hidden.new_empty((launch.n, launch.tiles), dtype=torch.float32) for _ in range(2))
+    best = torch.empty_like(peak, dtype=torch.int32)
+    lens_tile[launch.grid](hidden, head, peak, total, best, *launch.sizes, **launch.options)
     highest = peak.amax(1, keepdim=True)
     mass = (total.double() * (peak - highest).double().exp()).sum(1)
     log_z = highest.squeeze(1).double() + mass.log()
-    first = torch.where(peak == highest, best, v).amin(1).long()
+    first = torch.where(peak == highest, best, launch.v).amin(1).long()
     return Partition(log_z, _mean(hidden, head, log_z) if mean else None, first)
 
 
@@ -114,19 +120,37 @@ def triton_delta(
 ) -> Float64[Tensor, " N"]:
     """See `engram_interp.kernels.delta.delta_kl`."""
     assert base.mean is not None
-    n, v, tiles = len(final), len(head), triton.cdiv(len(head), DELTA_TILE["BLOCK_V"])
+    launch = _Launch.of("lens_delta", final, head)
     centre = torch.linalg.vecdot(change.double(), base.mean.double()).float()
-    total = base.log_z.new_empty((n, tiles), dtype=torch.float32)
-    lens_delta[triton.cdiv(n, DELTA_TILE["BLOCK_N"]), tiles](
-        final.contiguous(), change.contiguous(), head.contiguous(), base.log_z.float(), centre, total, n, v, tiles,
-        D=final.shape[1], **_options(DELTA_TILE, DELTA_LAUNCH),
+    total = base.log_z.new_empty((launch.n, launch.tiles), dtype=torch.float32)
+    lens_delta[launch.grid](
+        final.to(head.dtype).contiguous(), change.to(head.dtype).contiguous(), head.contiguous(), base.log_z.float(),
+        centre, total, *launch.sizes, **launch.options,
     )  # fmt: skip
     return torch.log1p(total.double().sum(1))
 
 
-def _options(tile: dict[str, int], launch: dict[str, int]) -> dict[str, object]:
-    interpreted = not isinstance(lens_tile, triton.runtime.JITFunction)
-    return {**tile, "UPCAST": interpreted, "PRECISION": PRECISION, **({} if interpreted else launch)}
+@dataclass(frozen=True)
+class _Launch:
+    """Sizes and options of one launch."""
+
+    n: int
+    v: int
+    tiles: int
+    grid: tuple[int, int]
+    options: dict[str, object]
+
+    @classmethod
+    def of(cls, kernel: str, hidden: Tensor, head: Tensor) -> _Launch:
+        tile, launch = PLANS[kernel, head.dtype]
+        n, v, tiles = len(hidden), len(head), triton.cdiv(len(head), tile["BLOCK_V"])
+        interpreted = not isinstance(lens_tile, triton.runtime.JITFunction)
+        options = {**tile, "D": hidden.shape[1], "UPCAST": interpreted, "PRECISION": PRECISION}
+        return cls(n, v, tiles, (triton.cdiv(n, tile["BLOCK_N"]), tiles), options | ({} if interpreted else launch))
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return self.n, self.v, self.tiles
 
 
 def _mean(hidden: Tensor, head: Tensor, log_z: Tensor) -> Tensor:
