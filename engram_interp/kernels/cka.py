@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float64
 
 from engram_interp.measure.cka_stream import PairSums
-from engram_interp.shapes import Float, Tensor
+from engram_interp.shapes import Tensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -53,11 +53,12 @@ class PathChoice:
 
 @dataclass(frozen=True, eq=False)
 class LensKL:
-    """Nats. `top1` is -1 unless it was asked for; `error`: largest deviation of kl over `checked` sampled tokens."""
+    """Nats. `top1`, `final_top1` are -1 unless asked for; `error`: largest deviation of kl over `checked` sampled tokens."""
 
     kl: Float[Tensor, "L N"]
     cross_entropy: Float[Tensor, "L N"]
     top1: Int64[Tensor, "L N"]
+    final_top1: Int64[Tensor, " N"]
     choice: PathChoice
     error: float
     checked: int
@@ -125,7 +126,7 @@ def lens_kl(
     Raises: LensError naming site and token of the first value that is not finite; ValueError as `choose_path`.
     """
     choice = choose_path(final.device, path, top1=top1)
-    kl, cross_entropy, predictions = _Engine.of(choice, head, top1).measure(sites, final, targets)
+    kl, cross_entropy, predictions, last = _Engine.of(choice, head, top1).measure(sites, final, targets)
     finite = torch.isfinite(kl)
     if not bool(finite.all()):
         site, token = torch.nonzero(~finite)[0].tolist()
@@ -134,7 +135,7 @@ def lens_kl(
     finer = torch.float64 if choice.path in ("exact", "triton") else torch.float32
     sampled = (x.to(finer) for x in (sites[:, chosen], final[chosen]))
     error = _deviation(kl[:, chosen], *sampled, head) if len(chosen) else 0.0
-    return LensKL(kl.to(sites.dtype), cross_entropy.to(sites.dtype), predictions, choice, error, len(chosen))
+    return LensKL(kl.to(sites.dtype), cross_entropy.to(sites.dtype), predictions, last, choice, error, len(chosen))
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,8 @@ class _Engine:
         site = partial(partition, head=head, top1=top1)
         return cls(head, lambda h: h, partial(site, mean=True), site, True)
 
-    def measure(self, sites: Tensor, final: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """KL and cross-entropy in float64, top-1 (-1 where the path gives none): [L, N] each."""
+    def measure(self, sites: Tensor, final: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """KL and cross-entropy in float64, top-1 (-1 where the path gives none) as [L, N], and the final top-1."""
         read = self.read(final)
         base = self.final(read)
         truth, has_truth = self.head[targets.clamp_min(0)], targets >= 0
@@ -184,7 +185,7 @@ class _Engine:
             cross_entropy[i] = torch.where(has_truth, loss, math.nan)
             if here.top1 is not None:
                 top1[i] = here.top1
-        return kl, cross_entropy, top1
+        return kl, cross_entropy, top1, torch.full_like(targets, -1) if base.top1 is None else base.top1
 
     def _divergence(self, final: Tensor, hidden: Tensor, base: Partition, log_z: Tensor) -> Tensor:
         assert base.mean is not None
@@ -205,7 +206,7 @@ def _sample(tokens: int) -> Tensor:
 
 def _deviation(kl: Tensor, sites: Tensor, final: Tensor, head: Tensor) -> float:
     exact = _Engine.of(PathChoice("exact", "", ""), head)
-    expected, _, _ = exact.measure(sites, final, torch.full((len(final),), -1, device=final.device))
+    expected, *_ = exact.measure(sites, final, torch.full((len(final),), -1, device=final.device))
     return float((kl - expected).abs().max())
 
 

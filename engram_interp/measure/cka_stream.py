@@ -132,11 +132,13 @@ class PairSums:
 
     @classmethod
     def empty(cls, dx: int, dy: int) -> PairSums:
+        """Over no rows."""
         none = torch.zeros((), dtype=torch.float64)
         x, y = none.new_zeros(dx), none.new_zeros(dy)
         return cls(0, none.new_zeros(dx, dy), x, y, none, none, none, y, x)
 
     def plus(self, x: Tensor, y: Tensor) -> PairSums:
+        """With the rows x, y added."""
         q, p = x.square().sum(1), y.square().sum(1)
         return self + PairSums(len(x), x.T @ y, x.sum(0), y.sum(0), q.sum(), p.sum(), q @ p, q @ y, p @ x)
 
@@ -158,6 +160,7 @@ class PairSums:
         return PairSums(n, cross, m - n * dx, k - n * dy, q, p, qp, q_y, p_x)
 
     def hsic(self) -> float:
+        """Song's unbiased HSIC; the rows should be centred, for the rounding."""
         n, m, k = self.n, self.sum_x, self.sum_y
         product = self.c.square().sum() - self.qp
         rows = m @ self.c @ k - k @ self.q_y - m @ self.p_x + self.qp
