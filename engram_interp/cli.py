@@ -454,31 +454,37 @@ def findings(
 
 
 @app.command
-def bench(model: Positional[Model] = "mini-engram", *, batch: int = 8, rounds: int = 7, json: bool = False) -> int:
-    """Time captures and the lens beside a plain forward, interleaved, on one thread and on all.
+def bench(
+    model: Positional[str | None] = None,
+    *,
+    group: tuple[Literal["forward", "vocabulary", "cka", "ngram"], ...] = ("forward", "vocabulary", "cka", "ngram"),
+    rounds: int = 5,
+    threads: tuple[int, ...] = (),
+    out: Path | None = None,
+    json: bool = False,
+) -> int:
+    """Time the probes beside the arithmetic they need, interleaved, on one thread and on all.
 
     Args:
-        model: A bundled name or a checkpoint directory.
-        batch: Texts of full context per forward.
+        model: A bundled name or a checkpoint directory for the forward group; without it a random model of 12 blocks.
+        group: What to time.
         rounds: Interleaved repetitions.
+        threads: Numbers of threads; without it one, and all.
+        out: Run folder; without it one named by the time below runs/bench.
         json: Print the ratios as JSON.
     """
-    from engram_interp.models.registry import load
-    from engram_interp.studies.bench import bench as time_candidates
+    from datetime import UTC, datetime
 
-    opened, tables = load(model), []
-    for threads in sorted({1, len(os.sched_getaffinity(0))}):
-        result = time_candidates(opened, batch=batch, rounds=rounds, threads=threads)
-        tables.append(
-            {"threads": threads, "matrix_gflops": result.matrix_gflops, "rows": result.table().to_dict("records")}
-        )
-        if not json:
-            _print(
-                f"{threads} thread(s), {result.matrix_gflops:.0f} GFLOP/s bare fp32 products",
-                result.table().to_string(index=False),
-            )
+    from engram_interp.models.registry import load
+    from engram_interp.studies.bench import run_bench
+
+    folder = out or Path("runs/bench") / datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    counts = threads or sorted({1, len(os.sched_getaffinity(0))})
+    table = run_bench(group, load(model) if model else None, folder, rounds=rounds, threads=counts)
     if json:
-        _json(tables)
+        _json({"run": str(folder), "rows": table.to_dict("records")})
+    else:
+        _print(table.to_string(index=False, float_format="%.3f"), f"run folder: {folder}")
     return 0
 
 

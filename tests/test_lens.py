@@ -193,6 +193,31 @@ def test_document_means_and_band(result):
     assert band.critical > 2.2  # wider than one column's Student t with 11 degrees of freedom
 
 
+def test_kl_alone_agrees_with_all_quantities(tiny_engram, texts, result):
+    found = logit_lens_kl(tiny_engram, list(texts), quantities="kl")
+    for name in ("kl", "cross_entropy"):
+        np.testing.assert_allclose(getattr(found, name), getattr(result, name), atol=2e-5, err_msg=name)
+    for name in ("reverse_kl", "jensen_shannon", "entropy", "unigram_kl"):
+        assert np.isnan(getattr(found, name)).all()
+    assert (found.kl[-1] == 0).all()
+    assert (found.top1 == result.top1).mean() > 0.999
+    assert (found.final_top1 == result.final_top1).all()
+    assert set(found.table()["quantity"]) == {"kl", "cross_entropy", "agreement"}
+    recorded = found.provenance.options
+    assert recorded["arithmetic"] == "identity, float32 tiles"
+    assert 0 <= recorded["kl_error"] <= 1e-5
+    assert result.provenance.options["arithmetic"] == "all logits of a chunk, float32"
+
+
+def test_kl_alone_of_a_head_that_is_not_a_plain_matrix(fresh_engram, texts):
+    fresh_engram.requires_grad_(False)
+    plain = fresh_engram.unembed
+    fresh_engram.unembed = lambda hidden: 5 * torch.tanh(plain(hidden) / 5)
+    found = logit_lens_kl(fresh_engram, list(texts[:2]), quantities="kl")
+    assert found.provenance.options["arithmetic"] == "all logits of a chunk, float32"
+    np.testing.assert_array_equal(found.kl, logit_lens_kl(fresh_engram, list(texts[:2])).kl)
+
+
 def test_streams_are_read_one_at_a_time(tiny_engram, texts, result):
     found = [logit_lens_kl(tiny_engram, list(texts), stream=m) for m in range(2)]
     tokens = tiny_engram.to_tokens(texts[1])

@@ -49,7 +49,7 @@ class CKAAccumulator:
     def __init__(self, dx: int, dy: int) -> None:
         self.dx, self.dy = dx, dy
         self._shift: tuple[Tensor, Tensor] | None = None
-        self._xy, self._xx, self._yy = _PairSums.empty(dx, dy), _PairSums.empty(dx, dx), _PairSums.empty(dy, dy)
+        self._xy, self._xx, self._yy = PairSums.empty(dx, dy), PairSums.empty(dx, dx), PairSums.empty(dy, dy)
 
     @property
     def n(self) -> int:
@@ -117,7 +117,7 @@ class CKAAccumulator:
 
 
 @dataclass(frozen=True)
-class _PairSums:
+class PairSums:
     """The sums of one pair (x, y); `qp` is sum q_i p_i, `q_y` is sum q_i y_i, `p_x` is sum p_i x_i."""
 
     n: int
@@ -131,19 +131,21 @@ class _PairSums:
     p_x: Tensor
 
     @classmethod
-    def empty(cls, dx: int, dy: int) -> _PairSums:
+    def empty(cls, dx: int, dy: int) -> PairSums:
+        """Over no rows."""
         none = torch.zeros((), dtype=torch.float64)
         x, y = none.new_zeros(dx), none.new_zeros(dy)
         return cls(0, none.new_zeros(dx, dy), x, y, none, none, none, y, x)
 
-    def plus(self, x: Tensor, y: Tensor) -> _PairSums:
+    def plus(self, x: Tensor, y: Tensor) -> PairSums:
+        """With the rows x, y added."""
         q, p = x.square().sum(1), y.square().sum(1)
-        return self + _PairSums(len(x), x.T @ y, x.sum(0), y.sum(0), q.sum(), p.sum(), q @ p, q @ y, p @ x)
+        return self + PairSums(len(x), x.T @ y, x.sum(0), y.sum(0), q.sum(), p.sum(), q @ p, q @ y, p @ x)
 
-    def __add__(self, other: _PairSums) -> _PairSums:
-        return _PairSums(**{name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__})
+    def __add__(self, other: PairSums) -> PairSums:
+        return PairSums(**{name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__})
 
-    def shifted(self, dx: Tensor, dy: Tensor) -> _PairSums:
+    def shifted(self, dx: Tensor, dy: Tensor) -> PairSums:
         """The same sums of the rows x - dx, y - dy."""
         n, c, m, k = self.n, self.c, self.sum_x, self.sum_y
         a, b = dx @ dx, dy @ dy
@@ -155,9 +157,10 @@ class _PairSums:
         )  # fmt: skip
         q_y = self.q_y - 2 * dx @ c + a * k - dy * q
         p_x = self.p_x - 2 * c @ dy + b * m - dx * p
-        return _PairSums(n, cross, m - n * dx, k - n * dy, q, p, qp, q_y, p_x)
+        return PairSums(n, cross, m - n * dx, k - n * dy, q, p, qp, q_y, p_x)
 
     def hsic(self) -> float:
+        """Song's unbiased HSIC; the rows should be centred, for the rounding."""
         n, m, k = self.n, self.sum_x, self.sum_y
         product = self.c.square().sum() - self.qp
         rows = m @ self.c @ k - k @ self.q_y - m @ self.p_x + self.qp

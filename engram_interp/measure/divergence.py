@@ -145,9 +145,12 @@ def refine_small(
 
 def _small_form(probability: Float[Tensor, "n v"], change: Float[Tensor, "n v"]) -> Float[Tensor, " n"]:
     x = change - torch.linalg.vecdot(probability, change)[:, None]
-    # expm1(x) - x loses all digits near 0, where its series does not
-    term = torch.where(x.abs() < 0.1, x * x * (0.5 + x * (1 / 6 + x * (1 / 24 + x / 120))), torch.expm1(x) - x)
-    return torch.log1p(torch.linalg.vecdot(probability, term))
+    return torch.log1p(torch.linalg.vecdot(probability, expm1_minus(x)))
+
+
+def expm1_minus(x: Float[Tensor, "*n v"]) -> Float[Tensor, "*n v"]:
+    """expm1(x) - x, by its series near 0, where the subtraction loses all digits."""
+    return torch.where(x.abs() < 0.1, x * x * (0.5 + x * (1 / 6 + x * (1 / 24 + x / 120))), torch.expm1(x) - x)
 
 
 # -- the obvious versions, in float64, that the tests hold the others against ------------------------------------------

@@ -5,6 +5,9 @@ the final prediction; KL(final || site) in nats is what leaving the model there 
 The last site is the final prediction, so its KL is exactly 0. Reverse KL, Jensen-Shannon, entropy, top-1, cross-entropy
 to the true token and the settling depth (first site from which the top-1 never changes) come from the same pass.
 
+With `quantities="kl"` only KL, cross-entropy and top-1 are formed, which costs little more than the products with the
+unembedding (`engram_interp.kernels.lens_kl`); the others are NaN then.
+
 Cost: one forward and L + 1 unembeddings; memory: a few hundred tokens' residuals and one chunk of logits at a time,
 plus 28 bytes per token and site for the result. Start tokens are excluded and counted. Misleads: intermediate sites
 need not speak the final basis, so a lower KL can be a matter of dialect: read it beside a tuned lens
@@ -17,7 +20,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,6 +28,7 @@ from jaxtyping import Bool, Float, Int64
 
 from engram_interp.gallery import GallerySentence
 from engram_interp.kernels.lens import LensError, LensReadings, lens_readings
+from engram_interp.kernels.lens_kl import lens_kl, plain_head
 from engram_interp.measure.statistics import Band, simultaneous_band
 from engram_interp.models.protocol import Decoder
 from engram_interp.models.text import Window, start_tokens, windows
@@ -226,13 +230,15 @@ def logit_lens_kl(
     stream: int | None = None,
     reference: NgramCounts | None = None,
     unigram: Float[np.ndarray, " V"] | None = None,
+    quantities: Literal["all", "kl"] = "all",
 ) -> LensResult:
     """Read every site of a model at every token of some texts.
 
     Args: texts: plain, or marked with entities (each is one document); lens: a tuned lens, None is the logit lens;
         stream: read this residual stream alone (repeated, so that the model's own exit applies) against the final
         prediction of all; reference: n-gram counts for frequency strata; unigram: log-probabilities of the vocabulary
-        against which the final prediction is measured, by default the add-one counts of these texts.
+        against which the final prediction is measured, by default the add-one counts of these texts;
+        quantities: "kl" leaves reverse KL, Jensen-Shannon, entropy and the distance to the unigram at NaN.
     Raises: LensError (a ValueError) for no texts, an empty text, a stream the model has not, logits below float32, or a
         residual that is not finite (layer, position and text named).
     """
@@ -248,7 +254,9 @@ def logit_lens_kl(
     if unigram is None:
         unigram = unigram_log_probabilities(ids, model.vocab_size)
     pieces = _pieces(model, cuts, ids, start, lens, stream)
-    readings = _read(model, pieces, torch.from_numpy(np.asarray(unigram)).float())
+    head = plain_head(model, model.unembed) if quantities == "kl" else None
+    arithmetic = _Arithmetic(model, torch.from_numpy(np.asarray(unigram)).float(), head)
+    readings = _read(arithmetic, pieces)
     strata = [text_strata(model.tokenizer, item, i, reference) for item, i in zip(texts, ids, strict=True)]
     return LensResult(
         model=model.identity.name,
@@ -269,6 +277,8 @@ def logit_lens_kl(
                 "lens": lens.name if lens else "logit lens",
                 "stream": stream,
                 "ngram_order": reference and reference.order,
+                "quantities": quantities,
+                **arithmetic.record(),
             },
         ),
     )
@@ -348,20 +358,47 @@ def _require_finite(residuals: list[Tensor], text: int, offset: int) -> None:
             raise LensError(f"{where} (layer {site}) is not finite at position {position} of text {text}")
 
 
-def _read(model: Decoder, pieces: Iterator[_Piece], unigram: Tensor) -> dict[str, np.ndarray]:
-    """Readings of all pieces, several at a time, so that short texts do not each pay for a pass over the vocabulary."""
+@dataclass
+class _Arithmetic:
+    """How readings are formed: by the identity where `head` is a plain matrix, else from all logits of a chunk."""
+
+    model: Decoder
+    unigram: Tensor
+    head: Tensor | None
+    path: str = "all logits of a chunk, float32"
+    error: float | None = None  # largest deviation from float64 on sampled tokens, nats
+
+    @property
+    def batch(self) -> int:
+        """Tokens to collect before a call, so that short texts share the passes over the vocabulary."""
+        return _BATCH if self.head is None else 4 * _BATCH
+
+    def __call__(self, sites: Tensor, final: Tensor, targets: Tensor) -> LensReadings:
+        if self.head is None:
+            return lens_readings(sites, final, self.model.unembed, targets, unigram=self.unigram)
+        found = lens_kl(sites, final, self.head, targets, top1=True)
+        self.path, self.error = found.choice.description, max(found.error, self.error or 0.0)
+        missing = torch.full_like(found.kl, torch.nan)
+        cross_entropy, top1 = found.cross_entropy, found.top1
+        return LensReadings(found.kl, missing, missing, missing, cross_entropy, top1, found.final_top1, missing[0])
+
+    def record(self) -> dict[str, object]:
+        return {"arithmetic": self.path, "kl_error": self.error}
+
+
+def _read(arithmetic: _Arithmetic, pieces: Iterator[_Piece]) -> dict[str, np.ndarray]:
+    """Readings of all pieces, several at a time."""
     results: list[LensReadings] = []
     pending: list[_Piece] = []
 
     def flush() -> None:
         sites, final = torch.cat([p.sites for p in pending], 1), torch.cat([p.final for p in pending])
-        targets = torch.cat([p.targets for p in pending])
-        results.append(lens_readings(sites, final, model.unembed, targets, unigram=unigram))
+        results.append(arithmetic(sites, final, torch.cat([p.targets for p in pending])))
         pending.clear()
 
     for piece in pieces:
         pending.append(piece)
-        if sum(len(p.final) for p in pending) >= _BATCH:
+        if sum(len(p.final) for p in pending) >= arithmetic.batch:
             flush()
     if pending:
         flush()

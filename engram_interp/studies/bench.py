@@ -1,110 +1,146 @@
-"""What do the probes cost beside a plain forward, on this machine?
+"""What do the probes cost on this machine, beside the arithmetic they need?
 
-All candidates run interleaved in one process on the same tokens, so that a machine that slows down slows all of them; what is
-quoted is the ratio to the plain forward of the same round: median, and the range of the middle half of the rounds. Absolute times
-are printed for orientation only.
+The candidates of a group run interleaved in one process on the same inputs, so that a machine that slows down slows all of
+them; what is quoted is the ratio to the group's first candidate in the same round: median, and the range of the middle half
+of the rounds. On one thread the clock is the process's CPU time, which other programs disturb least; on several it is wall
+time. Absolute times are for orientation only. Results are a run folder: `ratios`, and every single time in `seconds`.
 """
 
 from __future__ import annotations
 
+import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import torch
 
-from engram_interp.kernels.lens import lens_readings
 from engram_interp.models.house import HouseModel
-from engram_interp.shapes import Int64, Tensor
+from engram_interp.runs import texts_hash
+from engram_interp.runs.folder import start_run
+from engram_interp.studies.bench_candidates import (
+    Candidates,
+    Group,
+    bench_model,
+    cka_candidates,
+    forward_candidates,
+    ngram_candidates,
+    vocabulary_candidates,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
+PEERS = ("nnsight", "nnterp", "tuned_lens", "ckatorch")  # not timed yet: the run folder says which are installed
+
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Seconds per round and candidate; `plain forward` is the unit of the ratios."""
+    """Seconds per round of every candidate of a group; the first is the unit of the ratios."""
 
+    group: str
     seconds: dict[str, tuple[float, ...]]
-    tokens: int
     threads: int
-    matrix_gflops: float
 
     def table(self) -> pd.DataFrame:
-        """One row per candidate: ratio to the plain forward (median and quartiles), tokens per second."""
+        """One row per candidate: ratio to the unit (median and quartiles), median seconds."""
         import pandas as pd
 
-        plain = np.array(self.seconds["plain forward"])
+        unit = np.array(next(iter(self.seconds.values())))
         rows = []
         for name, seconds in self.seconds.items():
-            ratio = np.array(seconds) / plain
-            low, middle, high = np.quantile(ratio, [0.25, 0.5, 0.75])
+            low, middle, high = np.quantile(np.array(seconds) / unit, [0.25, 0.5, 0.75])
             rows.append(
                 {
-                    "candidate": name,
-                    "ratio": middle,
-                    "ratio_q25": low,
-                    "ratio_q75": high,
-                    "tokens_per_second": self.tokens / float(np.median(seconds)),
+                    "group": self.group, "threads": self.threads, "candidate": name, "ratio": middle,
+                    "ratio_q25": low, "ratio_q75": high, "seconds": float(np.median(seconds)),
                 }
-            )
+            )  # fmt: skip
         return pd.DataFrame(rows)
 
 
 @torch.no_grad()
-def bench(model: HouseModel, *, batch: int = 8, rounds: int = 7, seed: int = 0, threads: int = 1) -> BenchResult:
-    """Time a forward, its captures and the lens on random tokens of a full context.
+def bench(group: str, candidates: Candidates, *, rounds: int = 7, threads: int = 1) -> BenchResult:
+    """Time candidates, interleaved, after one warm-up round.
 
-    Args: batch: texts per forward; rounds: interleaved repetitions after one warm-up.
+    Raises: ValueError for fewer than one round.
     """
+    if rounds < 1:
+        raise ValueError(f"expected at least one round, found {rounds}")
+    clock = time.process_time if threads == 1 else time.perf_counter
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(3, model.vocab_size, (batch, model.context), generator=generator)
-    candidates = _candidates(model, tokens)
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     try:
         for round_ in range(rounds + 1):
             for name, run in candidates.items():
-                start = time.perf_counter()
+                start = clock()
                 run()
                 if round_:  # the first round warms caches and allocator
-                    seconds[name].append(time.perf_counter() - start)
-        rate = _matrix_gflops()
+                    seconds[name].append(clock() - start)
     finally:
         torch.set_num_threads(before)
-    return BenchResult({k: tuple(v) for k, v in seconds.items()}, tokens.numel(), threads, rate)
+    return BenchResult(group, {name: tuple(values) for name, values in seconds.items()}, threads)
 
 
-def _candidates(model: HouseModel, tokens: Int64[Tensor, "B T"]) -> dict[str, Callable[[], object]]:
-    return {
-        "plain forward": lambda: model(tokens),
-        "plain forward again (noise)": lambda: model(tokens),
-        "all residuals captured": lambda: model.run_with_cache(tokens, "blocks.*.hook_resid_post"),
-        "everything captured": lambda: model.run_with_cache(tokens),
-        "exact lens, all sites and quantities": lambda: _lens(model, tokens),
-        "logits of all sites stacked": lambda: _stacked(model, tokens),
+def bench_groups(groups: Sequence[str], model: HouseModel | None, seed: int = 0) -> dict[str, Callable[[], Candidates]]:
+    """How to make the candidates of some groups; made one at a time, so that only one group's inputs lie in memory.
+
+    Args: model: what the forward group times; None is the random model of 12 blocks and width 256.
+    Raises: ValueError listing the groups.
+    """
+    if unknown := set(groups) - set(get_args(Group)):
+        raise ValueError(f"unknown group {sorted(unknown)[0]!r}: expected some of {', '.join(get_args(Group))}")
+
+    def generator() -> torch.Generator:
+        return torch.Generator().manual_seed(seed)
+
+    every: dict[str, dict[str, Callable[[], Candidates]]] = {
+        "forward": {"forward": lambda: forward_candidates(model or bench_model(generator()), generator())},
+        "vocabulary": {"vocabulary": lambda: vocabulary_candidates(generator())},
+        "cka": {"cka": lambda: cka_candidates(generator())},
+        "ngram": {
+            "ngram, bundled table": lambda: ngram_candidates(
+                generator(), rows_per_head=16384, head_width=8, vocab_size=8192
+            ),
+            "ngram, 27B table": lambda: ngram_candidates(
+                generator(), rows_per_head=2_262_400, head_width=80, vocab_size=129_280
+            ),
+        },
     }
+    return {name: make for group in groups for name, make in every[group].items()}
 
 
-def _lens(model: HouseModel, tokens: Int64[Tensor, "B T"]) -> object:
-    sites = torch.stack([model.exit_hidden(h).flatten(0, 1) for h in model.residuals(tokens)])
-    return lens_readings(sites, sites[-1], model.unembed, tokens.roll(-1, 1).flatten())
+def run_bench(
+    groups: Sequence[str], model: HouseModel | None, out: Path, *, rounds: int, threads: Sequence[int], seed: int = 0
+) -> pd.DataFrame:
+    """Time groups at each number of threads and keep the result; a stopped run goes on with the groups that are missing.
 
+    Raises: ValueError for an unknown group; RunError when the folder holds another run.
+    """
+    import pandas as pd
 
-def _stacked(model: HouseModel, tokens: Int64[Tensor, "B T"]) -> Tensor:
-    """The obvious lens: log-probabilities of every site in memory, then KL."""
-    final = model.unembed(model.exit_hidden(model.residuals(tokens)[-1])).log_softmax(-1)
-    every = torch.stack([model.unembed(model.exit_hidden(h)) for h in model.residuals(tokens)]).log_softmax(-1)
-    return (final.exp() * (final - every)).sum(-1)
-
-
-def _matrix_gflops(size: int = 1024, repeats: int = 10) -> float:
-    a, b = torch.ones(size, size), torch.ones(size, size)
-    torch.mm(a, b)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        torch.mm(a, b)
-    return repeats * 2 * size**3 / (time.perf_counter() - start) / 1e9
+    makers = bench_groups(groups, model, seed)
+    config: dict[str, object] = {
+        "groups": list(groups), "rounds": rounds, "threads": list(threads), "processor": platform.processor(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "installed_peers": [name for name in PEERS if find_spec(name)],
+    }  # fmt: skip
+    identity = {model.identity.name: model.identity.weights_sha256} if model else {}
+    with start_run(
+        out, study="bench", config=config, seeds=[seed], models=identity, texts_sha256=texts_hash([])
+    ) as run:
+        shards = []
+        for number, (name, make) in enumerate(makers.items()):
+            for count in threads:
+                shards.append(f"{number}.threads-{count}")
+                if shards[-1] not in run.done_shards("ratios"):
+                    result = bench(name, make(), rounds=rounds, threads=count)
+                    run.write_shard("seconds", shards[-1], pd.DataFrame(result.seconds).melt(var_name="candidate"))
+                    run.write_shard("ratios", shards[-1], result.table())
+        run.gather("seconds", shards)
+        return run.gather("ratios", shards)
