@@ -34,12 +34,17 @@ class PaperModel:
 
 def _config(name: str, *, routed: int, rows: int = 0, dense: bool = False) -> ModelConfig:
     memory = EngramConfig(
-        blocks=(1, 14), rows_per_head=(rows, rows), heads=8, head_width=80, compressed_vocab_size=_COMPRESSED
+        blocks=(1, 14),
+        rows_per_head=(rows, rows),
+        heads=8,
+        head_width=80,
+        compressed_vocab_size=_COMPRESSED,
+        conv_kernel=4,
     )
     return ModelConfig(
         name=name, vocab_size=129_280, context=4096, width=2560, layers=30, heads=32, streams=4, routed_experts=routed,
         active_experts=min(6, routed), expert_width=1536, shared_width=2 * 1536, dense_blocks=30 if dense else 1,
-        dense_width=11_520 if dense else 12_288, tied=False, engram=memory if rows else None,
+        dense_width=11_520 if dense else 12_288, tied=False, rope_theta=10_000.0, norm_eps=1e-6, engram=memory if rows else None,
     )  # fmt: skip
 
 

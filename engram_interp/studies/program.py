@@ -36,10 +36,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """All pieces in order, and the hash of every text they read."""
+    """All pieces in order, the hash of every text they read, and the weights hash of every further model."""
 
     shards: tuple[Shard, ...]
     texts_sha256: str
+    models: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +78,7 @@ def run(study: Study, config: StudyConfig, out: Path) -> Report:
     torch.set_num_threads(config.threads)
     context = Context(config, load(config.model))
     plan = study.plan(context)
-    identity = {context.model.identity.name: context.model.identity.weights_sha256}
+    identity = {context.model.identity.name: context.model.identity.weights_sha256, **plan.models}
     described = json.loads(config.model_dump_json(exclude={"data"}))
     with start_run(
         out, study=study.name, config=described, seeds=config.seeds, models=identity, texts_sha256=plan.texts_sha256
