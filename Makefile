@@ -2,7 +2,7 @@
 # Options: PYTHON=python3.12   PIP_ARGS="--index-url ..."   ARGS="-k gates" (make test)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check app bench browser
+.PHONY: help install demo test check app bench study browser
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -56,6 +56,10 @@ check: $(ALL) ## lint, format, types, import rules
 
 app: $(CORE) ## open the dashboard
 	@$(BIN)/engram-interp app
+
+study: $(CORE) ## run or continue a study: make study NAME=allocation (ARGS="--smoke" for seconds instead of hours)
+	@test -n "$(NAME)" || { echo "name a study of experiments/: make study NAME=allocation" >&2; exit 1; }
+	@$(BIN)/python -m experiments.$(NAME) $(ARGS)
 
 bench: $(CORE) ## measure speed on this machine
 	@$(BIN)/engram-interp bench

@@ -454,6 +454,42 @@ def findings(
 
 
 @app.command
+def report(
+    *,
+    pair: str = "mini",
+    engram: str | None = None,
+    baseline: str | None = None,
+    control: str | None = None,
+    data: Path | None = None,
+    items: int = 400,
+    seed: int = 0,
+    out: Path = Path("runs/report"),
+) -> int:
+    """Write one self-contained page that shows what the memory of a pair does, next to the paper.
+
+    Args:
+        pair: A bundled pair.
+        engram: A model directory instead, with its baseline and the baseline's other seed.
+        baseline: The baseline of `engram`.
+        control: The baseline from another seed: the null of every comparison.
+        data: Evaluation data; the bundled gallery if absent.
+        items: Items per task at the most.
+        seed: Seed of everything drawn.
+        out: The run folder to write; the page is report.html in it.
+    """
+    from engram_interp.models.registry import Pair, load, load_pair
+    from engram_interp.studies.report import run_report
+
+    given = (engram, baseline, control)
+    if any(given) and not all(given):
+        raise ValueError("expected --engram, --baseline and --control together: without another seed there is no null")
+    models = Pair(*(load(name) for name in given if name)) if all(given) else load_pair(pair)
+    page = run_report(models, out, data=data, items=items, seed=seed, progress=sys.stderr.isatty())
+    _print(f"report: {page}", "dashboard: engram-interp app")
+    return 0
+
+
+@app.command
 def bench(
     model: Positional[str | None] = None,
     *,

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from engram_interp.figures.bars import Bars, bars_figure
 from engram_interp.studies.commands import training_main
-from engram_interp.studies.training_study import TrainingStudy, TrainingStudyConfig
+from engram_interp.studies.training_figures import differences_figure
+from engram_interp.studies.training_study import TrainingStudy, TrainingStudyConfig, compare_runs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,21 +20,14 @@ if TYPE_CHECKING:
 TABLES = ("articles", "runs")
 
 
-def conclude(runs: pd.DataFrame) -> tuple[list[str], go.Figure]:
+def conclude(config: TrainingStudyConfig, articles: pd.DataFrame) -> tuple[list[str], go.Figure]:
     """The best variant per seed, and the differences with their intervals."""
+    runs = compare_runs(articles, articles["variant"].iloc[0])
     best = [
         f"seed {seed}: best is {part.loc[part['bits_per_byte'].idxmin(), 'variant']}"
         for seed, part in runs.groupby("seed")
     ]
-    bars = [
-        Bars(f"seed {seed}", *(part[c].to_numpy(dtype=np.float64) for c in ("difference", "low", "high")))
-        for seed, part in runs.groupby("seed")
-    ]
-    figure = bars_figure(
-        bars, list(dict.fromkeys(runs["variant"])), title="One change at a time", reference=[("first variant", 0.0)],
-        y_title="difference in bits per byte (below 0: better)",
-    )  # fmt: skip
-    return best, figure
+    return best, differences_figure(runs, "One change at a time", "the bundled recipe")
 
 
 STUDY = TrainingStudy("sweep", TrainingStudyConfig, conclude)

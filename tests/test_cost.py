@@ -12,14 +12,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from engram_interp.memory import CompressedVocabulary
 from engram_interp.models import experts
 from engram_interp.models.config import EngramConfig, ModelConfig
-from engram_interp.models.cost import active_flops, memory_parameters, parameter_count
+from engram_interp.models.cost import active_flops, active_parameters, memory_parameters, parameter_count
 from engram_interp.models.house import HouseModel, initialise
+from engram_interp.models.paper_scale import PAPER_MODELS, build_on_meta
 from engram_interp.training.config import load_train_config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "experiments" / "configs" / "mini"
 
 
-def config(streams: int = 2, *, memory: bool = True, biases: bool = False, kernel: int = 4) -> ModelConfig:
+def config(
+    streams: int = 2,
+    *,
+    memory: bool = True,
+    biases: bool = False,
+    kernel: int = 4,
+    fusion: str = "branches",
+    **more: object,
+) -> ModelConfig:
     engram = EngramConfig(
         blocks=(2, 0),
         rows_per_head=(31, 40, 50),
@@ -28,6 +37,7 @@ def config(streams: int = 2, *, memory: bool = True, biases: bool = False, kerne
         compressed_vocab_size=40,
         biases=biases,
         conv_kernel=kernel,
+        fusion=fusion,
     )
     return ModelConfig(
         name="small",
@@ -42,6 +52,7 @@ def config(streams: int = 2, *, memory: bool = True, biases: bool = False, kerne
         expert_width=6,
         shared_width=10,
         engram=engram if memory else None,
+        **more,
     )
 
 
@@ -57,6 +68,9 @@ def build(settings: ModelConfig) -> HouseModel:
     config(2, kernel=0),
     config(1, memory=False),
     config(3, memory=False),
+    config(2, fusion="mean"),
+    config(2, dense_blocks=1, dense_width=11, tied=False),
+    config(1, memory=False, dense_blocks=3, dense_width=11),
 ])  # fmt: skip
 def test_parameters_are_those_of_the_built_model(settings: ModelConfig) -> None:
     model = build(settings)
@@ -75,7 +89,16 @@ def plain_experts(x, indices, weights, w_in, w_out):
     return out
 
 
-@pytest.mark.parametrize("settings", [config(), config(4), config(1, memory=False)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        config(),
+        config(4),
+        config(1, memory=False),
+        config(2, fusion="mean"),
+        config(dense_blocks=2, dense_width=9, tied=False),
+    ],
+)
 def test_flops_are_those_that_torch_counts(settings: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(settings)
     tokens = torch.randint(3, 40, (3, settings.context), generator=torch.Generator().manual_seed(1))
@@ -107,3 +130,26 @@ def test_the_bundled_models_are_an_equal_pair() -> None:
     memory = engram.model.engram
     assert memory is not None
     assert min(memory.rows_per_head) >= 2 * memory.compressed_vocab_size
+
+
+def test_active_parameters_leave_out_what_a_token_does_not_use() -> None:
+    plain = config(1, memory=False)
+    idle = (plain.routed_experts - plain.active_experts) * 3 * plain.width * plain.expert_width
+    assert active_parameters(plain) == parameter_count(plain) - plain.layers * idle
+    untied = config(1, memory=False, tied=False)
+    assert active_parameters(untied) == active_parameters(plain)
+    rows = config(1)
+    wider = rows.model_copy(update={"engram": rows.engram.model_copy(update={"rows_per_head": (310, 400, 500)})})
+    assert active_parameters(wider) == active_parameters(rows)
+
+
+@pytest.mark.parametrize("name", PAPER_MODELS)
+def test_models_of_the_papers_size_have_its_parameters(name: str) -> None:
+    paper = PAPER_MODELS[name]
+    model = build_on_meta(paper.config)
+    counted = sum(p.numel() for p in model.parameters())
+    assert all(p.is_meta for p in model.parameters())
+    assert counted == parameter_count(paper.config)
+    assert counted / 1e9 == pytest.approx(paper.total, rel=0.02)
+    assert active_parameters(paper.config) / 1e9 == pytest.approx(paper.active, rel=0.06)  # latent attention is smaller
+    assert memory_parameters(paper.config) / 1e9 == pytest.approx(paper.engram, rel=0.025)  # printed with two digits

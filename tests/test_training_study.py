@@ -11,6 +11,8 @@ import pandas as pd
 import pytest
 import yaml
 
+from engram_interp.models.config import ModelConfig
+from engram_interp.models.cost import active_flops, memory_parameters, parameter_count
 from engram_interp.runs import open_run
 from engram_interp.studies import training_study
 from engram_interp.studies.commands import training_main as main
@@ -77,9 +79,68 @@ def test_a_study_trains_compares_and_resumes(study_file, tmp_path, capsys, monke
     pd.testing.assert_frame_equal(again.drop(columns="minutes"), runs.drop(columns="minutes"))
 
 
-def test_smoke_is_short_and_says_what_it_is(study_file, tmp_path):
-    assert main(sweep(), [str(study_file), "--smoke", "--out", str(tmp_path / "run")]) == 0
-    assert (open_run(tmp_path / "run").table("runs")["trained_tokens"] == 64).all()
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sweep", "allocation", "table_size", "placement", "components"])
+def test_every_study_runs_at_the_size_of_seconds(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(EXPERIMENTS.parent)
+    study = importlib.import_module(f"experiments.{name}").STUDY
+    assert main(study, [f"experiments/configs/{name}.yaml", "--smoke", "--out", str(tmp_path / "run")]) == 0
+    assert "seed 0" in capsys.readouterr().out
+    run = open_run(tmp_path / "run")
+    runs = run.table("runs")
+    assert (runs["trained_tokens"] <= 4096).all()
+    assert np.isfinite(runs[["nats_per_token", "difference", "low", "high"]].to_numpy()).all()
+    assert "seed 0" in (tmp_path / "run" / "headline.txt").read_text()
+
+
+def base_of(name: str):
+    study = importlib.import_module(f"experiments.{name}").STUDY
+    config = load_study_config(study.config, EXPERIMENTS / "configs" / f"{name}.yaml")
+    config = config.model_copy(update={"base": EXPERIMENTS.parent / config.base, "smoke": {}})
+    return study, config, training_study.load_train_config(config.base)
+
+
+def models_of(name: str) -> dict[str, ModelConfig]:
+    study, config, base = base_of(name)
+    return {
+        v.name: training_study.run_config(config, v, 0, Path("nowhere")).model for v in study.variants(config, base)
+    }
+
+
+def test_allocation_keeps_parameters_and_work():
+    models = models_of("allocation")
+    sizes = [parameter_count(m) for m in models.values()]
+    assert max(sizes) / min(sizes) < 1.005
+    assert len({active_flops(m).backbone for m in models.values()}) == 1
+    assert models["ratio-1"].engram is None
+    shares = [memory_parameters(m) / s for m, s in zip(models.values(), sizes, strict=True)]
+    assert shares == sorted(shares)
+    assert shares[-1] > 0.4
+
+
+def test_placement_keeps_the_columns():
+    models = models_of("placement")
+    assert len(models) == 4 + 6
+    columns = {m.engram.head_width * len(m.engram.blocks) for m in models.values()}
+    assert len(columns) == 1
+
+
+def test_components_keep_the_budget_of_rows():
+    models = models_of("components")
+    whole = memory_parameters(models["whole"])
+    for name, model in models.items():
+        assert memory_parameters(model) == pytest.approx(whole, rel=0.03), name  # projections grow with the orders
+
+
+def test_slope_is_that_of_every_article():
+    _, config, _ = base_of("table_size")
+    rows = [
+        {"variant": f"rows-x{m:g}", "seed": 0, "article": a, "loss": 100 * (4 - 0.05 * np.log10(m) + 0.1 * a), "tokens": 100}
+        for m in config.multiples for a in range(5)
+    ]  # fmt: skip
+    found = importlib.import_module("experiments.table_size").slope(pd.DataFrame(rows), config.multiples)
+    assert found.value == pytest.approx(-0.05)
+    assert (found.low, found.high) == pytest.approx((-0.05, -0.05))
 
 
 def test_differences_weigh_articles_by_their_bytes():

@@ -12,14 +12,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import resources
 from itertools import pairwise
+from pathlib import Path
 
 KINDS = ("entity", "phrase")
 CONTROL = "control"
 _WORDS = range(8, 31)
 _SENTENCE_FIELDS = {"id", "text", "category", "spans"}
 _SPAN_FIELDS = {"text", "kind", "start", "end"}
+
+SENTENCES = Path(__file__).with_name("sentences.jsonl")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def load_gallery() -> tuple[GallerySentence, ...]:
     Raises:
         ValueError: the file breaks a rule of this module; the message names the line.
     """
-    text = resources.files("engram_interp.gallery").joinpath("sentences.jsonl").read_text(encoding="utf-8")
+    text = SENTENCES.read_text(encoding="utf-8")
     return parse_gallery(text.split("\n")[:-1])
 
 

@@ -27,7 +27,7 @@ from engram_interp.memory.hashing import NgramHash
 from engram_interp.memory.table import MultiHeadTable
 from engram_interp.shapes import Float, Int64, Tensor
 
-GateForm = Literal["signed_root", "signed_root_copysign", "plain"]
+GateForm = Literal["signed_root", "signed_root_copysign", "plain", "open"]
 
 _ROOT_FLOOR = 1e-6
 
@@ -54,10 +54,13 @@ class EngramOptions:
 def gate_of_score(score: Float[Tensor, "*any"], form: GateForm) -> Float[Tensor, "*any"]:
     """The gate in (0, 1) of a score: sigmoid of its signed square root, or of the score itself (`plain`, paper eq. 4).
 
+    `open` is 1 for every score (section 6.2, "without gating").
     The two root forms differ only at s = 0, where `copysign` gives .50025 (V4.1) and `sign` gives .5 (demo, Qwen).
     """
     if form == "plain":
         return torch.sigmoid(score)
+    if form == "open":
+        return torch.ones_like(score)
     root = score.abs().clamp_min(_ROOT_FLOOR).sqrt()
     if form == "signed_root_copysign":
         return torch.sigmoid(torch.copysign(root, score))

@@ -17,9 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from engram_interp.memory import CompressedVocabulary
 from engram_interp.models.config import ModelConfig
-from engram_interp.models.house import HouseModel
+from engram_interp.models.house import HouseModel, hashed_vocabulary
 from engram_interp.models.protocol import ModelIdentity
 from engram_interp.runs.atomic import write_atomically as replace_atomically
 from engram_interp.shapes import Tensor
@@ -139,7 +138,7 @@ def load_model(directory: Path) -> HouseModel:
         raise CheckpointError(f"{directory / WEIGHTS}: no such file")
     try:
         identity = ModelIdentity(config.name, weights_hash(directory / WEIGHTS), directory.name, "house")
-        model = HouseModel(config, CompressedVocabulary.from_tokenizer(tokenizer), tokenizer, identity)
+        model = HouseModel(config, hashed_vocabulary(config, tokenizer), tokenizer, identity)
     except ValueError as error:
         raise CheckpointError(f"{directory}: {error}") from None
     state = read_tensors(directory / WEIGHTS, model.state_dict())

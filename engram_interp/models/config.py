@@ -19,7 +19,11 @@ class StrictModel(BaseModel):
 
 
 class EngramConfig(StrictModel):
-    """The memory. `blocks` are 0-based; `rows_per_head` is where the prime search starts, once per order."""
+    """The memory. `blocks` are 0-based; `rows_per_head` is where the prime search starts, once per order.
+
+    What the paper's section 6.2 takes away: `gate` "open" is a gate of 1, `compressed` false hashes raw ids, `fusion` "mean" reads
+    the mean of the streams with one key and writes the same to all of them.
+    """
 
     blocks: tuple[int, ...] = Field(min_length=1)
     rows_per_head: tuple[int, ...] = Field(min_length=1)
@@ -27,7 +31,9 @@ class EngramConfig(StrictModel):
     head_width: int = Field(ge=1)
     compressed_vocab_size: int = Field(ge=1)
     seed: int = 0
-    gate: Literal["signed_root", "signed_root_copysign", "plain"] = "signed_root"
+    gate: Literal["signed_root", "signed_root_copysign", "plain", "open"] = "signed_root"
+    compressed: bool = True
+    fusion: Literal["branches", "mean"] = "branches"
     biases: bool = False
     conv_kernel: int = Field(4, ge=0)
 
@@ -38,7 +44,10 @@ class EngramConfig(StrictModel):
 
 
 class ModelConfig(StrictModel):
-    """A house model. `routed_experts` per block, `active_experts` of them per token, one shared expert besides."""
+    """A house model. `routed_experts` per block, `active_experts` of them per token, one shared expert besides.
+
+    The first `dense_blocks` have one feed-forward of `dense_width` instead of experts; `tied` shares the embedding with the head.
+    """
 
     name: str
     vocab_size: int = Field(ge=4)
@@ -51,6 +60,9 @@ class ModelConfig(StrictModel):
     active_experts: int = Field(ge=1)
     expert_width: int = Field(ge=1)
     shared_width: int = Field(ge=1)
+    dense_blocks: int = Field(0, ge=0)
+    dense_width: int = Field(0, ge=0)
+    tied: bool = True
     rope_theta: float = Field(10_000.0, gt=0)
     norm_eps: float = Field(1e-6, gt=0)
     bos_id: int = 0
@@ -64,6 +76,11 @@ class ModelConfig(StrictModel):
         if self.active_experts > self.routed_experts:
             raise ValueError(
                 f"expected active_experts <= routed_experts, found {self.active_experts} > {self.routed_experts}"
+            )
+        if self.dense_blocks > self.layers or (self.dense_blocks > 0) != (self.dense_width > 0):
+            raise ValueError(
+                f"expected at most {self.layers} dense_blocks, and a dense_width with them, found {self.dense_blocks} of "
+                f"width {self.dense_width}"
             )
         if self.engram and not all(0 <= b < self.layers for b in self.engram.blocks):
             raise ValueError(f"expected engram blocks in [0, {self.layers}), found {list(self.engram.blocks)}")

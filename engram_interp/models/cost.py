@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engram_interp.memory import assign_primes
-from engram_interp.models.config import ModelConfig
+from engram_interp.models.config import EngramConfig, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,24 @@ def parameter_count(config: ModelConfig) -> int:
     d = config.width
     connections = 2 * 3 * config.streams if config.streams > 1 else 0
     attention = 4 * d * d
-    experts = 3 * d * (config.routed_experts * config.expert_width + config.shared_width)
-    block = 2 * d + attention + connections + config.routed_experts * d + experts
-    return config.vocab_size * d + config.layers * block + d + memory_parameters(config)
+    experts = config.routed_experts * d + 3 * d * (config.routed_experts * config.expert_width + config.shared_width)
+    blocks = config.layers * (2 * d + attention + connections)
+    blocks += (config.layers - config.dense_blocks) * experts + config.dense_blocks * 3 * d * config.dense_width
+    embeddings = (1 if config.tied else 2) * config.vocab_size * d
+    return embeddings + blocks + d + memory_parameters(config)
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """Parameters that one token's forward multiplies with: neither unread rows and experts nor the embedding it looks up."""
+    d = config.width
+    memory = memory_parameters(config)
+    if config.engram is not None:
+        rows = sum(prime for layer in _primes(config.engram) for order in layer for prime in order)
+        memory -= rows * config.engram.head_width
+    idle = (config.routed_experts - config.active_experts) * 3 * d * config.expert_width
+    looked_up = 0 if config.tied else config.vocab_size * d
+    total = parameter_count(config) - memory_parameters(config) + memory
+    return total - (config.layers - config.dense_blocks) * idle - looked_up
 
 
 def memory_parameters(config: ModelConfig) -> int:
@@ -51,9 +66,8 @@ def memory_parameters(config: ModelConfig) -> int:
     engram = config.engram
     if engram is None:
         return 0
-    primes = assign_primes(engram.rows_per_head, engram.heads, len(engram.blocks))
-    rows = sum(prime for layer in primes for order in layer for prime in order)
-    branch_width = config.streams * config.width
+    rows = sum(prime for layer in _primes(engram) for order in layer for prime in order)
+    branch_width = _branches(config) * config.width
     norms_and_taps = 2 * branch_width + ((engram.conv_kernel + 1) * branch_width if engram.conv_kernel else 0)
     biases = config.width + branch_width if engram.biases else 0
     per_layer = _memory_width(config) * (config.width + branch_width) + biases + norms_and_taps
@@ -64,14 +78,23 @@ def active_flops(config: ModelConfig) -> ActiveFlops:
     """Work per token of a full context."""
     d, layers = config.width, config.layers
     chosen = config.active_experts * config.expert_width + config.shared_width
+    mixed = config.layers - config.dense_blocks
     memories = len(config.engram.blocks) if config.engram else 0
     return ActiveFlops(
         attention=layers * (8 * d * d + 4 * config.context * d),
-        experts=layers * 6 * d * chosen,
+        experts=mixed * 6 * d * chosen + config.dense_blocks * 6 * d * config.dense_width,
         unembedding=2 * d * config.vocab_size,
-        router=layers * 2 * d * config.routed_experts,
-        memory=memories * 2 * _memory_width(config) * d * (1 + config.streams),
+        router=mixed * 2 * d * config.routed_experts,
+        memory=memories * 2 * _memory_width(config) * d * (1 + _branches(config)),
     )
+
+
+def _primes(engram: EngramConfig) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    return assign_primes(engram.rows_per_head, engram.heads, len(engram.blocks))
+
+
+def _branches(config: ModelConfig) -> int:
+    return 1 if config.engram and config.engram.fusion == "mean" else config.streams
 
 
 def _memory_width(config: ModelConfig) -> int:

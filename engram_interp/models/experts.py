@@ -183,6 +183,14 @@ class SharedExpert(nn.Module):
         return self.w_out(nn.functional.silu(gate) * up)
 
 
+class DenseFeedForward(SharedExpert):
+    """One SwiGLU in the place of experts; its load-balance loss is 0."""
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> tuple[Float[Tensor, "B T D"], Float[Tensor, ""]]:  # type: ignore[override]
+        """The output, and 0."""
+        return super().forward(x), x.new_zeros(())
+
+
 class MixtureOfExperts(nn.Module):
     """One shared expert plus the top k of E routed experts; router records are [B, T, ...]."""
 

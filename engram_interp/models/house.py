@@ -34,7 +34,7 @@ from engram_interp.memory import (
 from engram_interp.models.attention import Attention, AttentionState
 from engram_interp.models.cache import EngramCache, matching_hooks
 from engram_interp.models.config import ModelConfig
-from engram_interp.models.experts import MixtureOfExperts
+from engram_interp.models.experts import DenseFeedForward, MixtureOfExperts
 from engram_interp.models.lock import ModelLock
 from engram_interp.models.protocol import ModelIdentity, NamesFilter
 from engram_interp.models.streams import StreamConnection
@@ -71,8 +71,12 @@ class Block(nn.Module):
         self.attn = Attention(config.width, config.heads, config.context, config.rope_theta)
         self.attn_stream = StreamConnection(config.streams, 2 * index)
         self.ln2 = RMSNorm(config.width, config.norm_eps)
-        self.mlp = MixtureOfExperts(
-            config.width, config.routed_experts, config.active_experts, config.expert_width, config.shared_width
+        self.mlp = (
+            DenseFeedForward(config.width, config.dense_width)
+            if index < config.dense_blocks
+            else MixtureOfExperts(
+                config.width, config.routed_experts, config.active_experts, config.expert_width, config.shared_width
+            )
         )
         self.mlp_stream = StreamConnection(config.streams, 2 * index + 1)
         self.hook_resid_pre = HookPoint()
@@ -87,7 +91,9 @@ class Block(nn.Module):
         """The streams after the block, and its load-balance loss."""
         hidden = self.hook_resid_pre(hidden)
         if self.has_engram:
-            hidden = hidden + self.hook_engram_out(self.engram(hidden, tokens, state.engram if state else None))
+            read = hidden if self.engram.options.branches == hidden.shape[2] else hidden.mean(2, keepdim=True)
+            write = self.engram(read, tokens, state.engram if state else None).expand_as(hidden)
+            hidden = hidden + self.hook_engram_out(write)
         attn_out = self.attn(self.ln1(self.attn_stream.read(hidden)), state.attention if state else None)
         hidden = self.hook_resid_mid(self.attn_stream.write(hidden, self.hook_attn_out(attn_out)))
         mlp_out, balance = self.mlp(self.ln2(self.mlp_stream.read(hidden)))
@@ -143,6 +149,8 @@ class HouseModel(HookedRootModule):
         self.hook_embed = HookPoint()
         self.blocks = nn.ModuleList(Block(config, i, memories.get(i)) for i in range(config.layers))
         self.ln_final = RMSNorm(config.width, config.norm_eps)
+        if not config.tied:
+            self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.setup()
 
     # -- structure ---------------------------------------------------------------------------------------------------
@@ -183,8 +191,13 @@ class HouseModel(HookedRootModule):
 
     @property
     def W_U(self) -> Float[Tensor, "D V"]:  # noqa: N802 - TransformerLens name
-        """The unembedding; tied to the embedding."""
-        return self.embed.weight.T
+        """The unembedding; the embedding itself where they are tied."""
+        return self.unembedding.T
+
+    @property
+    def unembedding(self) -> Float[Tensor, "V D"]:
+        """The weight of the head, a row a token."""
+        return self.embed.weight if self.cfg.tied else self.head.weight
 
     # -- forward -----------------------------------------------------------------------------------------------------
 
@@ -225,7 +238,7 @@ class HouseModel(HookedRootModule):
 
     def unembed(self, hidden: Float[Tensor, "*any D"]) -> Float[Tensor, "*any V"]:
         """Logits of vectors that passed the final norm."""
-        return nn.functional.linear(hidden, self.embed.weight)
+        return nn.functional.linear(hidden, self.unembedding)
 
     @torch.no_grad()
     def residuals(self, tokens: Int64[Tensor, "B T"]) -> list[Float[Tensor, "B T M D"]]:
@@ -362,6 +375,13 @@ class HouseModel(HookedRootModule):
         return logits, EngramCache(records, self)
 
 
+def hashed_vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> CompressedVocabulary:
+    """The token map that a configuration's memories hash with."""
+    if config.engram is not None and not config.engram.compressed:
+        return CompressedVocabulary.identity(config.vocab_size)
+    return CompressedVocabulary.from_tokenizer(tokenizer)
+
+
 def _build_memories(config: ModelConfig, vocabulary: CompressedVocabulary) -> dict[int, Engram]:
     """The Engram layers by block; primes and multipliers as in the released demo."""
     engram = config.engram
@@ -375,7 +395,7 @@ def _build_memories(config: ModelConfig, vocabulary: CompressedVocabulary) -> di
     primes = assign_primes(engram.rows_per_head, engram.heads, len(engram.blocks))
     options = EngramOptions(
         width=config.width,
-        branches=config.streams,
+        branches=config.streams if engram.fusion == "branches" else 1,
         head_width=engram.head_width,
         gate=engram.gate,
         biases=engram.biases,
@@ -399,7 +419,7 @@ def initialise(model: HouseModel, generator: torch.Generator, *, table_std: floa
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 or name.endswith(("_norm", ".conv")):
             continue
-        if name == "embed.weight":
+        if name in ("embed.weight", "head.weight"):
             std = 0.02
         elif name.endswith("table.weight"):
             std = table_std

@@ -41,9 +41,7 @@ class DataSource:
     keep: Callable[[Record], bool]
     item: Callable[[Record, str, list[Record], _Draw], Item | None]
 
-    def items(
-        self, path: Path, limit: int | None, rng: np.random.Generator, distractors: int | None = 3
-    ) -> list[Item]:
+    def items(self, path: Path, limit: int | None, rng: np.random.Generator, distractors: int | None = 3) -> list[Item]:
         """At most `limit` items (None: all), drawn without replacement, in file order; `distractors` as in `load_tasks`.
 
         Raises: ValueError naming the file and line, or a missing key.

@@ -32,15 +32,24 @@ def induction_items(tokenizer: Tokenizer, limit: int, rng: np.random.Generator) 
 
     Raises: ValueError when the tokenizer has too few whole words.
     """
-    words = [i for i in range(tokenizer.get_vocab_size()) if _is_word(tokenizer.decode([i]))]
-    if len(words) < 2 * _PERIOD:
-        raise ValueError(f"expected a tokenizer with at least {2 * _PERIOD} whole words, found {len(words)}")
+    words = word_tokens(tokenizer, 2 * _PERIOD)
     items = []
     for number in range(limit):
         sequence = rng.choice(words, size=_PERIOD, replace=False).tolist()
         cut = int(rng.integers(4, _PERIOD))
         items.append(Item(f"induction.{number}", (*sequence, *sequence[:cut]), ((sequence[cut],),)))
     return items
+
+
+def word_tokens(tokenizer: Tokenizer, least: int) -> list[int]:
+    """The ids that are whole words with the space before them.
+
+    Raises: ValueError when there are fewer than `least`.
+    """
+    words = [i for i in range(tokenizer.get_vocab_size()) if _is_word(tokenizer.decode([i]))]
+    if len(words) < least:
+        raise ValueError(f"expected a tokenizer with at least {least} whole words, found {len(words)}")
+    return words
 
 
 def _is_word(text: str) -> bool:

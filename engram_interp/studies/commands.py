@@ -30,7 +30,7 @@ from engram_interp.studies.ablation import fitted_statistics, known_kinds
 from engram_interp.studies.config import StudyConfig, changed, load_study_config
 from engram_interp.studies.program import SPEED, Study, run
 from engram_interp.studies.texts import fit_texts, study_tasks
-from engram_interp.studies.training_study import TrainingStudy, run_training_study
+from engram_interp.studies.training_study import TrainingStudy, compare_runs, run_training_study, smoke_version
 
 RUNS = Path("runs/studies")
 
@@ -67,7 +67,8 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> int:
 def training_main(study: TrainingStudy, arguments: Sequence[str] | None = None) -> int:
     """Run or continue a training study from its command line; prints the runs, the conclusion and the run folder."""
     parser = argparse.ArgumentParser(prog=f"python -m experiments.{study.name}")
-    parser.add_argument("config", type=Path, help=f"a YAML file, such as experiments/configs/{study.name}.yaml")
+    default = Path("experiments/configs") / f"{study.name}.yaml"
+    parser.add_argument("config", type=Path, nargs="?", default=default, help="a YAML file (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the configuration's")
     parser.add_argument("--out", type=Path, default=RUNS / study.name, help="run folder (default: %(default)s)")
     parser.add_argument(
@@ -77,13 +78,18 @@ def training_main(study: TrainingStudy, arguments: Sequence[str] | None = None) 
     try:
         config = load_study_config(study.config, given.config)
         changes = {"seeds": tuple(given.seeds)} if given.seeds else {}
-        config = config.model_copy(update=changes if given.smoke else {**changes, "smoke": {}})
-        runs = run_training_study(study, config, given.out)
+        config = config.model_copy(update=changes)
+        config = (
+            smoke_version(config, given.out.with_name(f"{given.out.name}-tokens"))
+            if given.smoke
+            else config.model_copy(update={"smoke": {}})
+        )
+        articles = run_training_study(study, config, given.out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(runs.to_string(index=False, float_format="%.4f"))
-    print(*study.conclude(runs)[0], f"run folder: {given.out}", sep="\n")
+    print(compare_runs(articles, articles["variant"].iloc[0]).to_string(index=False, float_format="%.4f"))
+    print(*study.conclude(config, articles)[0], f"run folder: {given.out}", sep="\n")
     return 0
 
 

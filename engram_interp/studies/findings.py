@@ -26,7 +26,7 @@ from engram_interp.probes.lens_comparison import LensComparison, compare_lens
 from engram_interp.probes.similarity import CKAHeatmap, cka_heatmap
 from engram_interp.probes.tasks import load_tasks
 from engram_interp.runs import texts_hash
-from engram_interp.runs.folder import start_run
+from engram_interp.runs.folder import RunFolder, start_run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -207,23 +207,28 @@ def run_findings(pair: Pair, out: Path, *, items: int = 400, seed: int = 0) -> F
         out, study="findings", config={"items": items}, seeds=[seed], models=models, texts_sha256=texts
     ) as folder:
         found = find(pair, sentences, items=items, seed=seed)
-        tables = {
-            "findings": found.table(),
-            "gates": found.gates.table(),
-            "lens": found.lens.table(),
-            "lens_null": found.lens_null.table(),
-            "cka": found.cka.table(),
-            "depths": found.cka.depths(),
-            "ablation": found.ablation.table(),
-        }
-        for name, frame in tables.items():
-            folder.write_table(name, frame)
-        for name, figure in (
-            ("gates", found.gates.figure()),
-            ("lens", found.lens.figure()),
-            ("cka", found.cka.figure()),
-            ("ablation", found.ablation.figure()),
-        ):
-            folder.write_text(f"{name}.html", figure.to_html(include_plotlyjs=True))
-        folder.write_text("findings.json", json.dumps([vars(row) for row in found.rows], indent=1))
+        write_findings(folder, found)
     return found
+
+
+def write_findings(folder: RunFolder, found: Findings) -> None:
+    """Put the table of findings, and all it was read from, into a run."""
+    tables = {
+        "findings": found.table(),
+        "gates": found.gates.table(),
+        "lens": found.lens.table(),
+        "lens_null": found.lens_null.table(),
+        "cka": found.cka.table(),
+        "depths": found.cka.depths(),
+        "ablation": found.ablation.table(),
+    }
+    for name, frame in tables.items():
+        folder.write_table(name, frame)
+    for name, figure in (
+        ("gates", found.gates.figure()),
+        ("lens", found.lens.figure()),
+        ("cka", found.cka.figure()),
+        ("ablation", found.ablation.figure()),
+    ):
+        folder.write_text(f"{name}.html", figure.to_html(include_plotlyjs=True))
+    folder.write_text("findings.json", json.dumps([vars(row) for row in found.rows], indent=1))

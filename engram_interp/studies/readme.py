@@ -26,6 +26,7 @@ with intervals. A study killed at any moment goes on where it was when started a
 FOOTER = """
 This file is written by `python -m experiments`, which also takes in the finished runs under `runs/studies`.
 """
+_NO_DATA = ("long_context", "offload")  # generated texts only
 _KEPT = ("study", "models", "texts_sha256", "seeds", "commit", "versions", "finished")
 
 
@@ -50,7 +51,8 @@ def collect_results(runs: Path, results: Path) -> list[str]:
             continue
         kept = open_run(run.path).manifest.model_dump(include=set(_KEPT))
         kept["headline"] = (run.path / HEADLINE).read_text(encoding="utf-8").splitlines()
-        kept["speed"] = json.loads((run.path / SPEED).read_text(encoding="utf-8"))
+        speed = run.path / SPEED  # training studies have none
+        kept["speed"] = json.loads(speed.read_text(encoding="utf-8")) if speed.is_file() else None
         results.mkdir(exist_ok=True)
         text = json.dumps(kept, indent=1, sort_keys=True) + "\n"
         write_atomically(results / f"{run.study}.json", lambda part, text=text: part.write_text(text, encoding="utf-8"))
@@ -64,13 +66,15 @@ def _result(study: str, file: Path) -> str:
     kept = json.loads(file.read_text(encoding="utf-8"))
     models = ", ".join(f"{name} {digest[:12]}" for name, digest in kept["models"].items())
     where = f"{models}; seeds {', '.join(map(str, kept['seeds']))}; {kept['finished']}; commit {kept['commit'] or 'unknown'}"
-    speed = f"{kept['speed']['items_per_second']:.1f} items/s under {kept['speed']['conditions']} conditions, "
-    speed += f"{kept['speed']['workers']} processes"
-    return f"\n### {study}\n\n{where}; {speed}\n\n```\n" + "\n".join(kept["headline"]) + "\n```\n"
+    if kept["speed"]:
+        where += f"; {kept['speed']['items_per_second']:.1f} items/s under {kept['speed']['conditions']} conditions, "
+        where += f"{kept['speed']['workers']} processes"
+    return f"\n### {study}\n\n{where}\n\n```\n" + "\n".join(kept["headline"]) + "\n```\n"
 
 
 def _row(program: Path) -> str:
-    tree = ast.parse(program.read_text(encoding="utf-8"))
+    source = program.read_text(encoding="utf-8")
+    tree = ast.parse(source)
     question = (ast.get_docstring(tree) or "").split("\n")[0]
     tables = next(
         (ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "TABLES"),  # type: ignore[attr-defined]
@@ -79,5 +83,6 @@ def _row(program: Path) -> str:
     config = program.parent / "configs" / f"{program.stem}.yaml"
     if not question or not tables or not config.is_file():
         raise ValueError(f"{program.name}: expected a docstring, TABLES and configs/{config.name}")
-    command = f"`python -m experiments.{program.stem} --data DATA`"
+    data = "" if "training_main" in source or program.stem in _NO_DATA else " --data DATA"
+    command = f"`python -m experiments.{program.stem}{data}`"
     return f"| {program.stem} | {question} | {command} | {', '.join(tables)} |\n"

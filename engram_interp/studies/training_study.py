@@ -17,16 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import Field
+from tokenizers import Tokenizer
 
 from engram_interp.gallery.files import read_jsonl
+from engram_interp.gallery.sentences import SENTENCES
 from engram_interp.measure.statistics import paired_difference
-from engram_interp.models.checkpoint import load_model
+from engram_interp.models.checkpoint import TOKENIZER, load_model
 from engram_interp.models.config import StrictModel
 from engram_interp.models.cost import active_flops, memory_parameters, parameter_count
+from engram_interp.models.registry import BUNDLED, find
 from engram_interp.runs import texts_hash
 from engram_interp.runs.folder import start_run
 from engram_interp.studies.evaluation import article_losses
+from engram_interp.studies.program import HEADLINE
 from engram_interp.training.config import TrainConfig, load_train_config, parse_config
+from engram_interp.training.corpus import write_token_file
 from engram_interp.training.train import Trainer
 
 if TYPE_CHECKING:
@@ -48,7 +53,7 @@ class TrainingStudyConfig(StrictModel):
 
     base: Path = Field(strict=False)
     tokens: int = Field(ge=1)
-    variants: tuple[Variant, ...] = Field(min_length=1)
+    variants: tuple[Variant, ...] = ()
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     held_out: Path = Field(strict=False)
     articles: int = Field(40, ge=2)
@@ -58,11 +63,15 @@ class TrainingStudyConfig(StrictModel):
 
 @dataclass(frozen=True)
 class TrainingStudy:
-    """A name, its configuration, and what it concludes from the table of runs: lines to print and a figure."""
+    """A name, its configuration, and what it concludes from the articles of every run: lines to print and a figure.
+
+    `variants` makes the variants from the configuration and the base run, where the file does not list them.
+    """
 
     name: str
     config: type[TrainingStudyConfig]
-    conclude: Callable[[pd.DataFrame], tuple[list[str], go.Figure]]
+    conclude: Callable[[TrainingStudyConfig, pd.DataFrame], tuple[list[str], go.Figure]]
+    variants: Callable[[TrainingStudyConfig, TrainConfig], tuple[Variant, ...]] = lambda config, base: config.variants
 
 
 def with_changes(config: TrainConfig, changes: dict[str, Any], where: str) -> TrainConfig:
@@ -82,6 +91,22 @@ def with_changes(config: TrainConfig, changes: dict[str, Any], where: str) -> Tr
     return parse_config(TrainConfig, plain, where)
 
 
+def smoke_version(config: TrainingStudyConfig, folder: Path) -> TrainingStudyConfig:
+    """The study at a size of seconds, on the bundled sentences and tokenizer, so that it runs without a corpus.
+
+    Args: folder: where its token file goes.
+    """
+    tokenizer = find(BUNDLED[0]) / TOKENIZER
+    tokens = folder / "sentences.bin"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_token_file(tokens, [SENTENCES], Tokenizer.from_file(str(tokenizer)))
+    paths = {"tokenizer": tokenizer, "train_tokens": tokens, "held_out_tokens": None}
+    changes = {**config.smoke, **paths}
+    return config.model_copy(
+        update={"smoke": changes, "held_out": SENTENCES, "articles": 4, "seeds": config.seeds[:1], "characters": 100}
+    )
+
+
 def run_config(config: TrainingStudyConfig, variant: Variant, seed: int, out: Path) -> TrainConfig:
     """The training configuration of one shard."""
     base = {"tokens": config.tokens, "seed": seed, "out": out, "model.name": variant.name}
@@ -90,14 +115,17 @@ def run_config(config: TrainingStudyConfig, variant: Variant, seed: int, out: Pa
 
 
 def run_training_study(study: TrainingStudy, config: TrainingStudyConfig, out: Path) -> pd.DataFrame:
-    """Train what is missing, compare, and leave `articles`, `runs` and a figure in the run folder.
+    """Train what is missing, compare, and leave `articles`, `runs`, a conclusion and a figure in the run folder.
 
-    Returns: `runs`, one row per variant and seed.
+    Returns: `articles`, one row per variant, seed and article; `compare_runs` sums it up.
     Raises: ConfigError before anything is trained when a variant does not fit; RunError when the folder holds another run.
     """
     records = islice(read_jsonl(config.held_out), config.articles)
     texts = [str(record["text"])[: config.characters] for record in records]
-    shards = {f"{v.name}-s{seed}": (v, seed) for v in config.variants for seed in config.seeds}
+    variants = study.variants(config, load_train_config(config.base))
+    if not variants:
+        raise ValueError(f"study {study.name!r}: expected at least one variant, found none")
+    shards = {f"{v.name}-s{seed}": (v, seed) for v in variants for seed in config.seeds}
     plans = {name: run_config(config, v, seed, out / "training" / name) for name, (v, seed) in shards.items()}
     described = config.model_dump(mode="json", exclude={"seeds"})
     with start_run(
@@ -109,10 +137,11 @@ def run_training_study(study: TrainingStudy, config: TrainingStudyConfig, out: P
                 variant, seed = shards[name]
                 folder.write_shard("articles", name, _articles(plan, variant, seed, texts))
         frame = folder.gather("articles", list(shards))
-        runs = compare_runs(frame, config.variants[0].name)
-        folder.write_table("runs", runs)
-        folder.write_text("figure.html", study.conclude(runs)[1].to_html(include_plotlyjs=True))
-    return runs
+        folder.write_table("runs", compare_runs(frame, variants[0].name))
+        lines, figure = study.conclude(config, frame)
+        folder.write_text(HEADLINE, "\n".join(lines) + "\n")
+        folder.write_text("figure.html", figure.to_html(include_plotlyjs=True))
+    return frame
 
 
 def _articles(plan: TrainConfig, variant: Variant, seed: int, texts: Sequence[str]) -> pd.DataFrame:

@@ -22,9 +22,8 @@ import torch
 from jaxtyping import UInt16
 from tokenizers import Tokenizer
 
-from engram_interp.memory import CompressedVocabulary
 from engram_interp.models.checkpoint import read_tensors, save_model, save_tensors, write_atomically
-from engram_interp.models.house import HouseModel, initialise
+from engram_interp.models.house import HouseModel, hashed_vocabulary, initialise
 from engram_interp.shapes import Int64, Tensor
 from engram_interp.training.config import ConfigError, TrainConfig
 from engram_interp.training.corpus import BOS_ID, open_token_file, tokenizer_hash
@@ -79,7 +78,11 @@ def make_optimiser(model: HouseModel, config: TrainConfig) -> torch.optim.AdamW:
     for name, parameter in model.named_parameters():
         if name.endswith("table.weight"):
             tables.append(parameter)
-        elif parameter.ndim >= 2 and not name.endswith(("_norm", ".conv")) and name != "embed.weight":
+        elif (
+            parameter.ndim >= 2
+            and not name.endswith(("_norm", ".conv"))
+            and name not in ("embed.weight", "head.weight")
+        ):
             matrices.append(parameter)
         else:
             rest.append(parameter)
@@ -99,7 +102,7 @@ def loss_of(
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
         hidden, balance = model.streams(inputs)
         final = model.exit_hidden(hidden)
-        return cross_entropy(final.flatten(0, 1), model.embed.weight, targets.flatten()), balance
+        return cross_entropy(final.flatten(0, 1), model.unembedding, targets.flatten()), balance
 
 
 @torch.no_grad()
@@ -139,8 +142,7 @@ class Trainer:
             else None
         )
         self.order = row_order(len(self.rows), config.steps * config.batch, config.seed)
-        vocabulary = CompressedVocabulary.from_tokenizer(self.tokenizer)
-        self.model = HouseModel(config.model, vocabulary)
+        self.model = HouseModel(config.model, hashed_vocabulary(config.model, self.tokenizer))
         initialise(self.model, torch.Generator().manual_seed(config.seed), table_std=config.table_std)
         self.optimiser = make_optimiser(self.model, config)
         self.names = {p: n for n, p in self.model.named_parameters()}

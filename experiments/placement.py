@@ -1,0 +1,58 @@
+"""Which block should hold the memory, alone or in pairs?
+
+Every single block, and every pair at the same number of table columns (paper section 6.2, figure 5: block 2 of 12 alone is best,
+a pair with a later block slightly better). Differences are against the first single block; "before attention" of block 0 means that
+no context has been read yet. Costs 10 runs of 4 M tokens, about an hour and a quarter of one core.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+from engram_interp.studies.commands import training_main
+from engram_interp.studies.training_figures import differences_figure
+from engram_interp.studies.training_study import TrainingStudy, TrainingStudyConfig, Variant, compare_runs
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+    from engram_interp.training.config import TrainConfig
+
+TABLES = ("articles", "runs")
+
+
+def variants(config: TrainingStudyConfig, base: TrainConfig) -> tuple[Variant, ...]:
+    """Single blocks, then pairs with half the columns each."""
+    memory, layers = base.model.engram, range(base.model.layers)
+    assert memory is not None
+    singles = [Variant(name=f"block-{i}", change={"model.engram.blocks": [i]}) for i in layers]
+    half = memory.head_width // 2
+    pairs = [
+        Variant(name=f"blocks-{i}+{j}", change={"model.engram.blocks": [i, j], "model.engram.head_width": half})
+        for i, j in combinations(layers, 2)
+    ]
+    return (*singles, *pairs)
+
+
+def conclude(config: TrainingStudyConfig, articles: pd.DataFrame) -> tuple[list[str], go.Figure]:
+    """The best single block and the best pair of every seed."""
+    runs = compare_runs(articles, "block-0")
+    lines = []
+    for seed, part in runs.groupby("seed"):
+        loss = part.set_index("variant")["nats_per_token"]
+        single, pair = (str(loss[[n for n in loss.index if n.startswith(p)]].idxmin()) for p in ("block-", "blocks-"))
+        best = part.set_index("variant").loc[single]
+        lines.append(
+            f"seed {seed}: best single {single} ({loss[single]:.4f} nats per token; against block 0 {best['difference']:+.4f} "
+            f"[{best['low']:.4f}, {best['high']:.4f}] bits per byte), best pair {pair} ({loss[pair]:.4f}); "
+            "paper: the second block alone, a pair with a later one slightly better"
+        )
+    return lines, differences_figure(runs, "Where the memory lies", "block 0 alone")
+
+
+STUDY = TrainingStudy("placement", TrainingStudyConfig, conclude, variants)
+
+if __name__ == "__main__":
+    raise SystemExit(training_main(STUDY))
