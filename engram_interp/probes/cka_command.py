@@ -44,9 +44,9 @@ def run_cka(
         raise ValueError("a plain text file marks no entities: use positions one_per_document or all, or the gallery")
     positions = positions or ("entity_final" if texts is None else "one_per_document")
     names = [engram, baseline] if control is None else [engram, baseline, control]
-    opened = open_decoders(*names, base=base)
-    other = opened[2] if control else None
-    result = cka_heatmap(*opened[:2], lines, positions, control=other, k=k, permutations=permutations, seed=seed)
+    first, second, *rest = open_decoders(*names, base=base)
+    other = rest[0] if rest else None
+    result = cka_heatmap(first, second, lines, positions, control=other, k=k, permutations=permutations, seed=seed)
     summary = [f"CKA of {result.matrix.n} rows, {result.matrix.documents} documents, {positions}"]
     summary += [result.depths().to_string(index=False, float_format="%.2f")]
     summary += [claim.sentence for claim in result.claims] + [f"warning: {w}" for w in result.warnings]

@@ -16,6 +16,7 @@ import torch
 
 from engram_interp.models.adapters.hooked import HookedMemory
 from engram_interp.models.check_recorded import read_recording, recorded_hidden, recorded_tokens
+from engram_interp.models.house import HouseModel
 from engram_interp.models.site import sites_of
 from engram_interp.models.text import show_tokens
 from engram_interp.probes.gates import GateMap
@@ -25,14 +26,14 @@ _RECORDS = ("engram.hook_gate", "engram.hook_score", "hook_engram_out", "hook_re
 
 
 @torch.no_grad()
-def read_recorded_gates(model: HookedMemory, path: Path, item: int = 0) -> GateMap:
+def read_recorded_gates(model: HouseModel | HookedMemory, path: Path, item: int = 0) -> GateMap:
     """Gates of one recorded text at every memory whose hidden states were recorded.
 
     Args: item: which of the B texts.
     Raises: ValueError for a model that has its backbone (it computes its own), a recording without hidden states, or
         an item outside it; RecordingError (a ValueError) for an unreadable or misshaped one.
     """
-    if hasattr(model, "exit_hidden"):
+    if isinstance(model, HouseModel) or hasattr(model, "exit_hidden"):
         raise ValueError(f"model {model.identity.name!r} has its backbone; give it a text instead of a recording")
     arrays = read_recording(path)
     tokens = recorded_tokens(arrays, path)

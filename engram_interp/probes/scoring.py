@@ -174,9 +174,10 @@ def score_items(
                 exits.append(exit_hidden)
                 bar.update(len(batch))
             found, first, divergence = _read(model, exits, asked, greedy=not several.all())
-            np.add.at(logprob, (slice(None), asked.item, asked.choice), found)
-            np.multiply.at(solved, (slice(None), asked.item[asked.right]), first)
-            np.add.at(kl, (slice(None), asked.item[asked.right]), divergence)
+            every, right = np.arange(len(conditions))[:, None], asked.item[asked.right]
+            np.add.at(logprob, (every, asked.item, asked.choice), found)
+            np.multiply.at(solved, (every, right), first)
+            np.add.at(kl, (every, right), divergence)
     wrong = logprob[:, :, 1:].max(-1, initial=-np.inf)
     margin = np.where(several, logprob[:, :, 0] - np.where(several, wrong, 0.0), np.nan)
     correct = np.where(several, (margin > 0).astype(float), solved)

@@ -189,7 +189,7 @@ def _collision_part(page: Page, collisions: Sequence[CollisionResult]) -> None:
         )
         rows = result.table()
         page.table(
-            rows[rows["head"] == "all"], f"Block {result.block}: n-grams that share the rows of all heads with another."
+            rows.query("head == 'all'"), f"Block {result.block}: n-grams that share the rows of all heads with another."
         )
 
 
