@@ -5,7 +5,7 @@ With d = h_changed - h_final, mean = sum_v p_v w_v and x_v = d . (w_v - mean), E
     KL(final || changed) = log1p( sum_v p_v (expm1(x_v) - x_v) )
 
 Every term is non-negative and the change is never a difference of logits, so the relative error stays near 1e-6 down to
-1e-8 nats, where subtracting two log-partitions has lost every digit (`research` of the project: 29 % negative values).
+1e-8 nats, where a difference of two log-partitions has lost every digit and is often negative.
 Cost: two products of 2 N V D; memory: two tiles. Not finite where some x_v exceeds 88: use the identity of
 `engram_interp.kernels.lens_kl` there. Needs an unembedding without bias or soft cap.
 """

@@ -142,6 +142,8 @@ class _Launch:
 
     @classmethod
     def of(cls, kernel: str, hidden: Tensor, head: Tensor) -> _Launch:
+        if (kernel, head.dtype) not in PLANS:
+            raise ValueError(f"expected an unembedding in float32 or bfloat16, found {head.dtype}")
         tile, launch = PLANS[kernel, head.dtype]
         n, v, tiles = len(hidden), len(head), triton.cdiv(len(head), tile["BLOCK_V"])
         interpreted = not isinstance(lens_tile, triton.runtime.JITFunction)
