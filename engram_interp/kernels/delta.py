@@ -32,8 +32,8 @@ def delta_kl(
     """
     if base.mean is None:
         raise ValueError("expected the partition of the final vectors with mean=True, found one without")
-    blocks = zip(*(x.split(ROWS) for x in (final, change, base.log_z, base.mean)), strict=True)
-    parts = [_delta_rows(*block, head) for block in blocks]
+    blocks = zip(final.split(ROWS), change.split(ROWS), base.log_z.split(ROWS), base.mean.split(ROWS), strict=True)
+    parts = [_delta_rows(h, d, log_z, mean, head) for h, d, log_z, mean in blocks]
     return torch.cat(parts) if parts else base.log_z
 
 

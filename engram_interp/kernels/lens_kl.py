@@ -133,8 +133,9 @@ def lens_kl(
         raise LensError(f"kl at site {site}, token {token} is {kl[site, token].item()}")
     chosen = _sample(len(final))
     finer = torch.float64 if choice.path in ("exact", "triton") else torch.float32
-    sampled = (x.to(finer) for x in (sites[:, chosen], final[chosen]))
-    error = _deviation(kl[:, chosen], *sampled, head) if len(chosen) else 0.0
+    error = 0.0
+    if len(chosen):
+        error = _deviation(kl[:, chosen], sites[:, chosen].to(finer), final[chosen].to(finer), head)
     return LensKL(kl.to(sites.dtype), cross_entropy.to(sites.dtype), predictions, last, choice, error, len(chosen))
 
 
