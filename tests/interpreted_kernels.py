@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
+from engram_interp.kernels import lens_kl as lens_kl_module
 from engram_interp.kernels.delta import delta_reference
 from engram_interp.kernels.partition import Partition, exact_partition, partition_reference
 from engram_interp.kernels.triton_lens import triton_delta, triton_partition
@@ -145,6 +146,25 @@ def test_gather_is_the_hash_and_the_rows_bit_for_bit(texts, length, width):
         found = triton_gather(ngram_hash, table, tokens)
     rows = ngram_hash.rows_of_slots(ngram_hash.slots(tokens))
     assert found.equal(table[rows].flatten(-2))
+
+
+def test_a_head_in_float64_is_refused():
+    hidden, head = vectors(7, 4, 16, 30, torch.float64)
+    with pytest.raises(ValueError, match=r"float32 or bfloat16, found torch.float64"):
+        triton_partition(hidden, head)
+
+
+def test_the_lens_through_the_kernels(monkeypatch):
+    choice = lens_kl_module.PathChoice("triton", "kernels", "test")
+    monkeypatch.setattr(lens_kl_module, "choose_path", lambda device, path, top1: choice)
+    final, head = vectors(8, 40, 32, 300)
+    noise = torch.Generator().manual_seed(3)
+    sites = torch.stack([final + size * torch.randn(40, 32, generator=noise) for size in (1.0, 1e-3)] + [final])
+    found = lens_kl_module.lens_kl(sites, final, head, torch.full((40,), 3), path="triton", top1=True)
+    expected = lens_kl_module.lens_kl_reference(sites.double(), final.double(), head.double())
+    torch.testing.assert_close(found.kl.double(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.kl[1].double(), expected[1], atol=0, rtol=1e-3)  # lens_delta
+    assert found.final_top1.equal((final @ head.T).argmax(-1))
 
 
 def test_gather_refuses_other_rules():

@@ -16,6 +16,7 @@ from engram_interp.studies.bench_candidates import (
     _products,
     _stacked,
     _without_hook_points,
+    bench_model,
     cka_candidates,
     forward_candidates,
     ngram_candidates,
@@ -44,6 +45,11 @@ def test_candidates_compute_what_their_names_say(tiny_engram):
     torch.testing.assert_close(values["lens: all quantities"].kl, stacked, atol=1e-4, rtol=1e-4)
     fast = values["lens: KL, fast"]
     assert (fast.kl - stacked).abs().max() < max(5 * fast.error, 1e-4)
+
+
+def test_the_bench_model_is_the_one_the_ratios_are_quoted_for():
+    model = bench_model(torch.Generator().manual_seed(0))
+    assert (model.layers, model.width, model.vocab_size, model.engram_layers) == (12, 256, 8192, (1, 6))
 
 
 def test_a_copy_without_hook_points_shares_the_weights(tiny_engram):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -154,6 +157,33 @@ def test_fast_lens_states_its_own_error(kind, monkeypatch):
     assert (found.kl[-1] == 0).all()
     assert (found.kl >= 0).all()
     assert (found.top1 == -1).all()
+
+
+MEMORY = """
+import resource, torch
+torch.set_num_threads(1)
+from engram_interp.kernels.lens_kl import lens_kl
+generator = torch.Generator().manual_seed(0)
+head = torch.randn(8192, 256, generator=generator) / 8
+sites = torch.randn(13, 2048, 256, generator=generator)
+targets = torch.randint(0, 8192, (2048,), generator=generator)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+lens_kl(sites[:2, :32], sites[-1, :32], head, targets[:32])
+before = peak()
+found = lens_kl(sites, sites[-1], head, targets)
+print("ERROR", found.error, "PEAK", peak() - before)
+"""
+
+
+def test_memory_of_the_exact_lens_above_its_inputs():
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1]
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    print(run.stdout)
+    error, peak = map(float, run.stdout.replace("ERROR", "").split("PEAK"))
+    assert peak < 150
+    assert error <= 1e-5
 
 
 def test_lens_names_what_is_not_finite():

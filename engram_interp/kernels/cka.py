@@ -90,8 +90,10 @@ class CKAGrid:
             self._shift = other._shift
             self._sums.plus(other._sums)
             return self
-        moved = [(mine.double() - theirs.double()) for mine, theirs in zip(self._shift, other._shift, strict=True)]
-        self._sums.plus(other._sums.shifted(*moved, *self.widths))
+        move_a, move_b = (
+            mine.double() - theirs.double() for mine, theirs in zip(self._shift, other._shift, strict=True)
+        )
+        self._sums.plus(other._sums.shifted(move_a, move_b, *self.widths))
         return self
 
     def state(self) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ With d = h_changed - h_final, mean = sum_v p_v w_v and x_v = d . (w_v - mean), E
     KL(final || changed) = log1p( sum_v p_v (expm1(x_v) - x_v) )
 
 Every term is non-negative and the change is never a difference of logits, so the relative error stays near 1e-6 down to
-1e-8 nats, where subtracting two log-partitions has lost every digit (`research` of the project: 29 % negative values).
+1e-8 nats, where a difference of two log-partitions has lost every digit and is often negative.
 Cost: two products of 2 N V D; memory: two tiles. Not finite where some x_v exceeds 88: use the identity of
 `engram_interp.kernels.lens_kl` there. Needs an unembedding without bias or soft cap.
 """
@@ -32,8 +32,8 @@ def delta_kl(
     """
     if base.mean is None:
         raise ValueError("expected the partition of the final vectors with mean=True, found one without")
-    blocks = zip(*(x.split(ROWS) for x in (final, change, base.log_z, base.mean)), strict=True)
-    parts = [_delta_rows(*block, head) for block in blocks]
+    blocks = zip(final.split(ROWS), change.split(ROWS), base.log_z.split(ROWS), base.mean.split(ROWS), strict=True)
+    parts = [_delta_rows(h, d, log_z, mean, head) for h, d, log_z, mean in blocks]
     return torch.cat(parts) if parts else base.log_z
 
 

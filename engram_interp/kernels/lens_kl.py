@@ -133,8 +133,9 @@ def lens_kl(
         raise LensError(f"kl at site {site}, token {token} is {kl[site, token].item()}")
     chosen = _sample(len(final))
     finer = torch.float64 if choice.path in ("exact", "triton") else torch.float32
-    sampled = (x.to(finer) for x in (sites[:, chosen], final[chosen]))
-    error = _deviation(kl[:, chosen], *sampled, head) if len(chosen) else 0.0
+    error = 0.0
+    if len(chosen):
+        error = _deviation(kl[:, chosen], sites[:, chosen].to(finer), final[chosen].to(finer), head)
     return LensKL(kl.to(sites.dtype), cross_entropy.to(sites.dtype), predictions, last, choice, error, len(chosen))
 
 
@@ -146,27 +147,28 @@ class _Engine:
     read: Callable[[Tensor], Tensor]
     final: Callable[[Tensor], Partition]
     site: Callable[[Tensor], Partition]
-    refines: bool
+    delta: Callable[[Tensor, Tensor, Tensor, Partition], Tensor] | None  # for small values; None leaves them
 
     @classmethod
     def of(cls, choice: PathChoice, head: Tensor, top1: bool = False) -> _Engine:
         if choice.path == "bfloat16":
             rounded = RoundedHead.of(head)
             final = partial(exact_partition, head=rounded.plain, mean=True)
-            return cls(rounded.plain, rounded.read, final, partial(bfloat16_partition, head=rounded), False)
+            return cls(rounded.plain, rounded.read, final, partial(bfloat16_partition, head=rounded), None)
         if choice.path == "flash":
             key = head.bfloat16()
             final = partial(exact_partition, head=key, mean=True)
-            return cls(key, lambda h: h.bfloat16().float(), final, partial(flash_partition, head=key), False)
-        partition = exact_partition
+            return cls(key, lambda h: h.bfloat16().float(), final, partial(flash_partition, head=key), None)
+        partition, delta = exact_partition, delta_kl
         if choice.path.startswith("triton"):
+            from engram_interp.kernels.triton_lens import triton_delta as delta
             from engram_interp.kernels.triton_lens import triton_partition as partition
         if choice.path == "triton_bfloat16":
             head = head.bfloat16()
             site = partial(partition, head=head)
-            return cls(head, lambda h: h.bfloat16().float(), partial(site, mean=True), site, False)
+            return cls(head, lambda h: h.bfloat16().float(), partial(site, mean=True), site, None)
         site = partial(partition, head=head, top1=top1)
-        return cls(head, lambda h: h, partial(site, mean=True), site, True)
+        return cls(head, lambda h: h, partial(site, mean=True), site, delta)
 
     def measure(self, sites: Tensor, final: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """KL and cross-entropy in float64, top-1 (-1 where the path gives none) as [L, N], and the final top-1."""
@@ -190,10 +192,10 @@ class _Engine:
     def _divergence(self, final: Tensor, hidden: Tensor, base: Partition, log_z: Tensor) -> Tensor:
         assert base.mean is not None
         kl = torch.linalg.vecdot((final - hidden).double(), base.mean.double()) - base.log_z + log_z
-        rows = torch.nonzero(kl < SMALL).squeeze(1) if self.refines else kl.new_zeros(0, dtype=torch.int64)
-        if len(rows):
+        rows = torch.nonzero(kl < SMALL).squeeze(1)
+        if self.delta is not None and len(rows):
             part = Partition(base.log_z[rows], base.mean[rows])
-            small = delta_kl(final[rows], hidden[rows] - final[rows], self.head, part)
+            small = self.delta(final[rows], hidden[rows] - final[rows], self.head, part)
             kl[rows] = torch.where(torch.isfinite(small), small, kl[rows])
         return kl.clamp_min(0)  # keeps NaN
 

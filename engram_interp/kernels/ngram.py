@@ -37,6 +37,10 @@ class NgramReader:
     def __init__(self, ngram_hash: NgramHash, table: Float[Tensor, "rows width"]) -> None:
         if table.shape[0] < ngram_hash.rows:
             raise ValueError(f"expected a table of at least {ngram_hash.rows} rows, found {table.shape[0]}")
+        if table.device.type != "cpu":
+            raise ValueError(
+                f"expected a table on the CPU, found {table.device}: take triton_ngram.triton_gather there"
+            )
         self.ngram_hash = ngram_hash
         self.table = table.detach()
         self._address = _AddressMatrix.of(ngram_hash) if max(ngram_hash.sizes) < _LARGEST_HEAD else None

@@ -142,11 +142,14 @@ class _Launch:
 
     @classmethod
     def of(cls, kernel: str, hidden: Tensor, head: Tensor) -> _Launch:
+        if (kernel, head.dtype) not in PLANS:
+            raise ValueError(f"expected an unembedding in float32 or bfloat16, found {head.dtype}")
         tile, launch = PLANS[kernel, head.dtype]
-        n, v, tiles = len(hidden), len(head), triton.cdiv(len(head), tile["BLOCK_V"])
+        n, v = len(hidden), len(head)
+        row_tiles, tiles = -(-n // tile["BLOCK_N"]), -(-v // tile["BLOCK_V"])
         interpreted = not isinstance(lens_tile, triton.runtime.JITFunction)
-        options = {**tile, "D": hidden.shape[1], "UPCAST": interpreted, "PRECISION": PRECISION}
-        return cls(n, v, tiles, (triton.cdiv(n, tile["BLOCK_N"]), tiles), options | ({} if interpreted else launch))
+        options: dict[str, object] = {**tile, "D": hidden.shape[1], "UPCAST": interpreted, "PRECISION": PRECISION}
+        return cls(n, v, tiles, (row_tiles, tiles), options | ({} if interpreted else launch))
 
     @property
     def sizes(self) -> tuple[int, int, int]:

@@ -68,8 +68,9 @@ def triton_gather(
     out = table.new_empty((texts, length, slots * width))
     grid = (triton.cdiv(texts * length, BLOCK_T), slots)
     interpreted = not isinstance(ngram_gather, triton.runtime.JITFunction)
+    multipliers, primes, magics, offsets = hash_constants(ngram_hash, tokens.device)
     ngram_gather[grid](
-        compressed, *hash_constants(ngram_hash, tokens.device), table.contiguous(), out, texts, length, ngram_hash.pad,
+        compressed, multipliers, primes, magics, offsets, table.contiguous(), out, texts, length, ngram_hash.pad,
         SLOTS=slots, HEADS=ngram_hash.heads, ORDERS=ngram_hash.window, WIDTH=width,
         BLOCK_W=triton.next_power_of_2(width), BLOCK_T=BLOCK_T, **({} if interpreted else {"num_warps": WARPS}),
     )  # fmt: skip

@@ -24,7 +24,7 @@ from engram_interp.kernels.lens import lens_readings
 from engram_interp.kernels.lens_kl import LensPath, choose_path, lens_kl
 from engram_interp.kernels.ngram import NgramReader
 from engram_interp.memory import CompressedVocabulary, NgramHash, assign_primes, pcg64_multipliers
-from engram_interp.models.config import EngramConfig, ModelConfig
+from engram_interp.models.config import ModelConfig
 from engram_interp.models.house import HouseModel, initialise
 from engram_interp.shapes import Tensor
 
@@ -37,10 +37,12 @@ _CKA_CHUNK = 4096
 
 def bench_model(generator: torch.Generator, vocab_size: int = 8192) -> HouseModel:
     """The random 12-block model of width 256 that the ratios of the README are quoted for."""
-    engram = EngramConfig(blocks=(1, 6), rows_per_head=(16384, 16384), head_width=16, compressed_vocab_size=vocab_size)
-    config = ModelConfig(
-        name="bench-12x256", vocab_size=vocab_size, context=256, width=256, layers=12, heads=4, routed_experts=4,
-        active_experts=1, expert_width=512, shared_width=512, engram=engram,
+    engram = {"blocks": (1, 6), "rows_per_head": (16384, 16384), "head_width": 16, "compressed_vocab_size": vocab_size}
+    config = ModelConfig.model_validate(
+        {
+            "name": "bench-12x256", "vocab_size": vocab_size, "context": 256, "width": 256, "layers": 12, "heads": 4,
+            "routed_experts": 4, "active_experts": 1, "expert_width": 512, "shared_width": 512, "engram": engram,
+        }
     )  # fmt: skip
     model = HouseModel(config, CompressedVocabulary.identity(vocab_size))
     return initialise(model, generator).eval().requires_grad_(False)
