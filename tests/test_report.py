@@ -36,13 +36,15 @@ class Reader(HTMLParser):
 def made(tiny_engram, tiny_moe, tokenizer, tmp_path_factory):
     from tests.conftest import random_model
 
-    control = random_model(tokenizer, "tiny-control", routed_experts=12, memory=False, seed=21)
+    other_seed = random_model(tokenizer, "tiny-control", routed_experts=12, memory=False, seed=21)
     sentences = load_gallery()
-    chosen = [*sentences[:30], *(s for s in sentences if s.category in ("control", "figure-7"))][:45]
+    own = [s for s in sentences if s.category == "figure-7"]
+    control = [s for s in sentences if s.category == "control"]
+    chosen = [*own, *(s for s in sentences if s.category not in ("control", "figure-7"))][:35] + control[:10]
     out = tmp_path_factory.mktemp("runs") / "report"
     patched = pytest.MonkeyPatch()
     patched.setattr(report, "load_gallery", lambda: tuple(chosen))
-    page = report.run_report(Pair(tiny_engram, tiny_moe, control), out, items=20)
+    page = report.run_report(Pair(tiny_engram, tiny_moe, other_seed), out, items=20)
     patched.undo()
     return page, out, chosen
 
@@ -56,7 +58,7 @@ def test_the_page_needs_nothing_beside_it(made):
     assert "<script>" in page.read_text()[:10_000]
     for anchor in reader.addresses:
         assert f'id="{anchor[1:]}"' in page.read_text()
-    assert reader.tags.count("figure") >= 10
+    assert reader.tags.count("figure") == page.read_text().count("<svg xmlns") + 7
     assert all(label.strip() for label in reader.labels)
 
 

@@ -59,7 +59,8 @@ def run_report(
             folder.write_table(f"items.{result.model}", result.items)
             folder.write_text(f"{result.model}.json", json.dumps(result.as_dict(), indent=1))
         for result in collisions:
-            folder.write_table(f"collisions.block{result.block}", result.table())
+            table = result.table().astype({"head": str})  # numbers, and "all"
+            folder.write_table(f"collisions.block{result.block}", table)
         folder.write_text(FILE, build_page(pair, sentences, found, evaluations, collisions).html())
     return out / FILE
 
