@@ -60,7 +60,7 @@ def plan(context: Context) -> Plan:
                 read += [f"{item}" for item in items]
                 shards += [
                     Shard(
-                        "items",
+                        ("items",),
                         f"seed{seed}-{task}-{length}-{number}",
                         _scored(model, items, task, length, seed, number),
                     )
@@ -72,17 +72,18 @@ def plan(context: Context) -> Plan:
 
 def _scored(
     model: HouseModel, items: list[Item], task: str, length: int, seed: int, number: int
-) -> Callable[[], pd.DataFrame]:
-    def shard() -> pd.DataFrame:
+) -> Callable[[], dict[str, pd.DataFrame]]:
+    def shard() -> dict[str, pd.DataFrame]:
         import pandas as pd
 
         factor = -(-(length + 2) // model.context)
         scores = score_items(extend_context(model, factor), items, [nullcontext])
-        return pd.DataFrame({
+        frame = pd.DataFrame({
             "seed": seed, "arm": number, "model": model.identity.name, "task": task, "length": length, "stretched": factor,
             "item": [i.id for i in items], "group": [i.group for i in items], "chance": [i.chance for i in items],
             "correct": scores.correct[0], "margin": scores.margin[0],
         })  # fmt: skip
+        return {"items": frame}
 
     return shard
 

@@ -95,13 +95,13 @@ def plan(context: Context) -> Plan:
     assert isinstance(config, Config)
     shards = []
     for seed in config.seeds:
-        shards.append(Shard("passes", f"seed{seed}", _timed(context, config, seed)))
-        shards.append(Shard("cache", f"seed{seed}", _cached(context, config, seed)))
+        shards.append(Shard(("passes",), f"seed{seed}", _timed(context, config, seed)))
+        shards.append(Shard(("cache",), f"seed{seed}", _cached(context, config, seed)))
     return Plan(tuple(shards), hashlib.sha256(config.model_dump_json(exclude={"data"}).encode()).hexdigest())
 
 
-def _timed(context: Context, config: Config, seed: int) -> Callable[[], pd.DataFrame]:
-    def shard() -> pd.DataFrame:
+def _timed(context: Context, config: Config, seed: int) -> Callable[[], dict[str, pd.DataFrame]]:
+    def shard() -> dict[str, pd.DataFrame]:
         import pandas as pd
 
         model = enlarged(context, seed)
@@ -123,7 +123,8 @@ def _timed(context: Context, config: Config, seed: int) -> Callable[[], pd.DataF
                     seconds = time.perf_counter() - started
                     tokens = sum(batch.numel() for batch in batches)
                     rows.append((seed, number, condition, tokens / seconds, hits))
-        return pd.DataFrame(rows, columns=["seed", "round", "condition", "tokens_per_second", "prefetched"])
+        columns = ["seed", "round", "condition", "tokens_per_second", "prefetched"]
+        return {"passes": pd.DataFrame(rows, columns=columns)}
 
     return shard
 
@@ -154,8 +155,8 @@ def _pass(
     return hits / (hits + misses)
 
 
-def _cached(context: Context, config: Config, seed: int) -> Callable[[], pd.DataFrame]:
-    def shard() -> pd.DataFrame:
+def _cached(context: Context, config: Config, seed: int) -> Callable[[], dict[str, pd.DataFrame]]:
+    def shard() -> dict[str, pd.DataFrame]:
         import pandas as pd
 
         model = enlarged(context, seed)
@@ -167,7 +168,7 @@ def _cached(context: Context, config: Config, seed: int) -> Callable[[], pd.Data
             (seed, fraction, hit_rate(reads.numpy(), max(1, int(fraction * ngram_hash.rows))))
             for fraction in config.cache_fractions
         ]
-        return pd.DataFrame(rows, columns=["seed", "cache_fraction", "hit_rate"])
+        return {"cache": pd.DataFrame(rows, columns=["seed", "cache_fraction", "hit_rate"])}
 
     return shard
 

@@ -48,7 +48,8 @@ def test_kernel_agrees_with_float64(tokens: int, vocab: int, rows: int):
     logits = (sites.double() @ head.double().T).numpy()
     expected = lens_readings_reference(logits, logits[-1], targets.numpy())
     for name in NAMES:
-        np.testing.assert_allclose(getattr(found, name), expected[name], atol=1e-5, err_msg=name)
+        # these vectors reach 40 nats, where float32 itself resolves 4e-6: 1e-5 nats, and 1e-6 of the value
+        np.testing.assert_allclose(getattr(found, name), expected[name], rtol=1e-6, atol=1e-5, err_msg=name)
     assert (found.kl[-1] == 0).all()
     assert (found.reverse_kl[-1] == 0).all()
     assert found.kl.min() >= -1e-6

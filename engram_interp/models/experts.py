@@ -207,7 +207,7 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T D"]) -> tuple[Float[Tensor, "B T D"], Float[Tensor, ""]]:
         """The output, and the load-balance loss `E sum_e (share of choices) (mean probability)`, 1 when balanced."""
-        probabilities = self.hook_router_logits(self.router(x)).float().softmax(-1)
+        probabilities = self.hook_router_logits(self.router(x)).to(x.dtype).softmax(-1)
         indices = self.hook_expert_indices(_largest(probabilities, self.active))
         weights = probabilities.gather(-1, indices)
         weights = self.hook_expert_weights(weights / weights.sum(-1, keepdim=True))
