@@ -74,7 +74,7 @@ class Attention(nn.Module):
         v = self.hook_v(v.transpose(1, 2)).transpose(1, 2)
         if state:
             k, v = state.extend(k, v)
-        if q.dtype is torch.bfloat16 and not seen:
+        if q.dtype is torch.bfloat16 and q.device.type == "cpu" and not seen:
             z = causal_attention(q, k, v)
         elif seen:
             mask = torch.ones(length, seen + length, dtype=torch.bool, device=x.device).tril(seen)

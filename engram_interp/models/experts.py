@@ -61,9 +61,8 @@ def _aligned(indices: Tensor, order: Tensor, experts: int) -> tuple[list[tuple[i
     mutates_args=(),
     schema="(Tensor x, Tensor indices, Tensor weights, Tensor w_in, Tensor w_out) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-@torch.autocast(
-    "cpu", enabled=False
-)  # products of a few rows gain nothing from bfloat16, and every shape is compiled anew
+# Products of a few rows gain nothing from bfloat16, and every new shape is compiled anew.
+@torch.autocast("cpu", enabled=False)
 def _routed_swiglu(
     x: Tensor, indices: Tensor, weights: Tensor, w_in: Tensor, w_out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -117,9 +116,8 @@ def _routed_swiglu_backward(
     silu = nn.functional.silu(gate)
     hidden = silu * up
     grad_hidden, grad_w_out, grad_w_in = torch.empty_like(hidden), torch.empty_like(w_out), torch.empty_like(w_in)
-    for e in set(range(len(w_in))).difference(
-        e for e, _, _ in slices
-    ):  # zeroing all of them costs as much as a product
+    used = {e for e, _, _ in slices}
+    for e in (e for e in range(len(w_in)) if e not in used):  # zeroing all of them costs as much as a product
         grad_w_out[e].zero_()
         grad_w_in[e].zero_()
     for e, s, t in slices:
