@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def run(*arguments, cwd=ROOT):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
     return subprocess.run(
-        [sys.executable, "-m", "engram_interp.cli", *map(str, arguments)],
+        [sys.executable, "-m", "engram_interp", *map(str, arguments)],
         capture_output=True, text=True, env=environment, cwd=cwd, timeout=240, check=False,
     )  # fmt: skip
 
@@ -113,6 +113,6 @@ def test_help_answers_without_loading_torch():
 
 
 def test_a_closed_pipe_is_no_error(saved):
-    command = f"{sys.executable} -m engram_interp.cli --help | head -1"
+    command = f"{sys.executable} -m engram_interp --help | head -1"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.stderr == ""
