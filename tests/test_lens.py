@@ -12,11 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, normalizers
 
+from engram_interp.cli import reading
 from engram_interp.gallery import GallerySentence, Span
 from engram_interp.kernels.lens import LensError, lens_readings, lens_readings_reference
+from engram_interp.models.adapters import opening
+from engram_interp.probes import lens_comparison
 from engram_interp.probes.lens import logit_lens_kl, unigram_log_probabilities
-from engram_interp.probes.lens_comparison import compare_lens, compare_seeds
+from engram_interp.probes.lens_comparison import compare_lens, compare_seeds, read_and_compare
 from engram_interp.probes.strata import NgramCounts, copied
 
 NAMES = ("kl", "reverse_kl", "jensen_shannon", "entropy", "cross_entropy")
@@ -332,8 +336,6 @@ def test_what_cannot_be_paired_is_refused(tiny_engram, texts, result):
 
 
 def test_models_with_different_tokenizers_are_refused(tiny_moe, texts, result):
-    from tokenizers import Tokenizer, normalizers
-
     other = copy.deepcopy(tiny_moe)
     other.tokenizer = Tokenizer.from_str(tiny_moe.tokenizer.to_str())
     other.tokenizer.normalizer = normalizers.NFC()
@@ -388,3 +390,80 @@ def _spoil(value, hook):
 def test_unigram_counts():
     log_p = unigram_log_probabilities([[0, 1, 1], [1]], 4)
     np.testing.assert_allclose(np.exp(log_p), np.array([2, 4, 1, 1]) / 8)
+
+
+# -- precision ---------------------------------------------------------------------------------------------------------
+
+
+def test_fast_lens_states_its_error_and_its_choice(tiny_engram, tiny_moe, texts, result):
+    found = logit_lens_kl(tiny_engram, list(texts), quantities="kl", precision="fast")
+    options = found.provenance.options
+    assert (options["precision"], options["quantities"]) == ("fast", "kl")
+    assert "fast" in options["arithmetic_reason"]
+    assert found.as_dict()["kl_error"] == found.kl_error == options["kl_error"]
+    deviation = np.abs(found.kl.astype(np.float64) - result.kl)
+    assert np.quantile(deviation, 0.9) <= found.kl_error + 1e-5
+    assert deviation.max() <= 5 * found.kl_error + 1e-5
+    if found.has_top1:  # a processor without bfloat16 products takes the exact path and says so
+        assert "no bfloat16" in options["arithmetic_reason"]
+        return
+    assert found.kl_error > 1e-6
+    assert np.isnan(found.values("agreement")).all()
+    assert set(found.table()["quantity"]) == {"kl", "cross_entropy"}
+    with pytest.raises(LensError, match="precision 'fast', which gives none"):
+        _ = found.settling_depth
+    both = compare_lens(found, logit_lens_kl(tiny_moe, list(texts), quantities="kl", precision="fast"))
+    assert "no top-1" in both.overall.settling.reason
+    assert "not measured" in both.overall.auc_normalised.reason
+    exact = compare_lens(result, logit_lens_kl(tiny_moe, list(texts)))
+    assert both.overall.auc.value == pytest.approx(
+        exact.overall.auc.value, abs=4 * 2 * both.provenance.options["kl_error"]
+    )
+    assert "largest error of KL found" in both.arithmetic
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_precision_is_checked(tiny_engram, texts, result):
+    with pytest.raises(ValueError, match="quantities='kl' with precision='fast'"):
+        logit_lens_kl(tiny_engram, list(texts[:1]), precision="fast")
+    with pytest.raises(ValueError, match="precision exact or fast, found 'quick'"):
+        logit_lens_kl(tiny_engram, list(texts[:1]), precision="quick")
+    with pytest.raises(ValueError, match="same quantities in both results"):
+        compare_lens(result, logit_lens_kl(tiny_engram, list(texts), quantities="kl"))
+
+
+def test_every_exact_reading_is_within_the_accepted_error_of_float64(tiny_engram, texts, result):
+    assert 0 <= result.kl_error <= 1e-5
+    for found in (result, logit_lens_kl(tiny_engram, list(texts), quantities="kl")):
+        for document in range(3):
+            tokens = tiny_engram.to_tokens(texts[document])
+            vectors = torch.stack([tiny_engram.exit_hidden(h)[0, 1:] for h in tiny_engram.residuals(tokens)])
+            logits = (vectors.double() @ tiny_engram.W_U.double()).detach().numpy()
+            expected = lens_readings_reference(logits, logits[-1], np.full(logits.shape[1], -1))["kl"]
+            np.testing.assert_allclose(found.kl[:, found.document == document], expected, atol=1e-5)
+
+
+def test_different_tokenizers_are_noticed_before_anything_is_read(tiny_engram, tiny_moe, monkeypatch):
+    read = []
+    monkeypatch.setattr(lens_comparison, "logit_lens_kl", lambda *a, **k: read.append(a))
+    other = copy.copy(tiny_moe)
+    other.tokenizer = Tokenizer.from_str(tiny_moe.tokenizer.to_str())
+    other.tokenizer.normalizer = normalizers.NFC()
+    with pytest.raises(ValueError, match="same tokenizer, found tiny-engram"):
+        read_and_compare(tiny_engram, other, ["a text", "and another"])
+    other = copy.copy(tiny_moe)
+    other.cfg = tiny_moe.cfg.model_copy(update={"layers": 9})
+    with pytest.raises(ValueError, match="number of blocks in both models, found 4 and 9"):
+        read_and_compare(tiny_engram, other, ["a text", "and another"])
+    assert not read
+
+
+def test_command_takes_a_precision(tiny_engram, tiny_moe, texts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(opening, "open_decoders", lambda *paths, base: (tiny_engram, tiny_moe))
+    (tmp_path / "texts.txt").write_text("\n".join(texts[:4]), encoding="utf-8")
+    assert reading.lens("a", "b", texts=tmp_path / "texts.txt", precision="fast", json=True) == 0
+    options = json.loads(capsys.readouterr().out)["provenance"]["options"]
+    assert (options["precision"], options["quantities"]) == ("fast", "kl")
+    assert options["kl_error"] >= 0
+    assert reading.lens("a", "b", texts=tmp_path / "texts.txt", quantities="kl") == 0
+    assert "arithmetic: identity, float32 tiles; largest error" in capsys.readouterr().out

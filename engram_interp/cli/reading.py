@@ -120,6 +120,8 @@ def lens(
     moe: Positional[Model],
     *,
     texts: Path | None = None,
+    quantities: Literal["all", "kl"] | None = None,
+    precision: Literal["exact", "fast"] = "exact",
     base: Base = None,
     out: Path | None = None,
     json: bool = False,
@@ -130,21 +132,23 @@ def lens(
         engram: The model whose difference is taken, usually the one with a memory.
         moe: The model it is compared with; any Hugging Face causal language model will do.
         texts: One text per line, or .jsonl; the bundled gallery if absent.
+        quantities: kl leaves out everything but KL, cross-entropy and top-1, at half the cost; fast implies it.
+        precision: fast multiplies in bfloat16 and states its error (about 0.01 nats); no top-1, so no settling depth.
         base: The base model of an adapter among the two.
         out: Write the figure (.html) or the table (.csv) here.
         json: Print the curves and their difference as JSON.
     """
     from engram_interp.models.adapters.opening import open_decoders
-    from engram_interp.probes.lens import logit_lens_kl
-    from engram_interp.probes.lens_comparison import compare_lens
+    from engram_interp.probes.lens_comparison import read_and_compare
 
-    corpus = read_corpus(texts)
-    result = compare_lens(*(logit_lens_kl(opened, corpus) for opened in open_decoders(engram, moe, base=base)))
+    corpus, models = read_corpus(texts), open_decoders(engram, moe, base=base)
+    quantities = quantities or ("kl" if precision == "fast" else "all")
+    result = read_and_compare(*models, corpus, quantities=quantities, precision=precision)
     write_result(result, out)
     if json:
         show_json(result.as_dict())
     elif out is None:
-        show(result.table().query("stratum == 'all'").to_string(index=False), result.statement)
+        show(result.table().query("stratum == 'all'").to_string(index=False), result.statement, result.arithmetic)
     return 0
 
 

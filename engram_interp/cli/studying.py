@@ -93,7 +93,13 @@ def report(
 def bench(
     model: Positional[str | None] = None,
     *,
-    group: tuple[Literal["forward", "vocabulary", "cka", "ngram"], ...] = ("forward", "vocabulary", "cka", "ngram"),
+    group: tuple[Literal["forward", "vocabulary", "cka", "ngram", "peers"], ...] = (
+        "forward",
+        "vocabulary",
+        "cka",
+        "ngram",
+        "peers",
+    ),
     rounds: int = 5,
     threads: tuple[int, ...] = (),
     out: Path | None = None,
@@ -104,7 +110,7 @@ def bench(
     Args:
         model: A bundled name or a checkpoint directory for the forward group; without it a random model of 12 blocks.
         group: What to time.
-        rounds: Interleaved repetitions.
+        rounds: Interleaved repetitions; a line per row goes to standard error.
         threads: Numbers of threads; without it one, and all.
         out: Run folder; without it one named by the time below runs/bench.
         json: Print the ratios as JSON.
@@ -116,11 +122,15 @@ def bench(
 
     folder = out or Path("runs/bench") / datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     counts = threads or sorted({1, len(os.sched_getaffinity(0))})
-    table = run_bench(group, load(model) if model else None, folder, rounds=rounds, threads=counts)
+    table = run_bench(
+        group, load(model) if model else None, folder, rounds=rounds, threads=counts,
+        report=lambda line: print(line, file=sys.stderr, flush=True),
+    )  # fmt: skip
     if json:
         show_json({"run": str(folder), "rows": table.to_dict("records")})
     else:
-        show(table.to_string(index=False, float_format="%.3f"), f"run folder: {folder}")
+        table["error"] = table["error"].map(lambda x: "" if x != x else f"{x:.0e}")
+        show(table.to_string(index=False, float_format="%.3f", na_rep=""), f"run folder: {folder}")
     return 0
 
 

@@ -1,13 +1,19 @@
 """CKA of every layer pair of two models over any number of rows, as one matrix product per chunk of rows.
 
-All layers of a side stand beside each other, X [n, sum of widths]. Unbiased HSIC of every pair is a function of sums over
-rows (`engram_interp.measure.cka_stream`): C = X'Y for all pairs is one product, and so are the few sums of rows weighted by
-squared norms. A chunk's product is float32, its sum float64; both sides are shifted by the first chunk's mean, which
-changes no value and makes the rounding twenty times smaller.
+Song's unbiased HSIC is a function of sums over rows (q_i = |x_i|^2, p_i = |y_i|^2, C = X'Y, m = column sums):
+
+    <K, L> = |C|_F^2 - sum q p;   1'K1 = |m_x|^2 - sum q;
+    (K1)'(L1) = m_x' C m_y - m_y' sum(q y) - m_x' sum(p x) + sum q p
+
+so any batching gives the full-sample value; averaging per-batch values, as minibatch CKA does, is a different and noisier
+estimator. All layers of a side stand beside each other, X [n, sum of widths]: C of all pairs is one product, and so are
+the sums of rows weighted by squared norms. A chunk's product is float32 (float64 for float64 rows), its sum float64; both
+sides are shifted by the first chunk's mean, which changes no value and makes the rounding twenty times smaller.
 
 Cost: 2 n (sum dx) (sum dy) operations for the pairs and 2 n sum(dx^2) + 2 n sum(dy^2) for each layer with itself. Memory:
 8 (sum dx)(sum dy) bytes whatever n is. Exact over any chunking and any split over processes (`merge`). Keeps no rows, so
-no interval and no exclusion of pairs of rows from one document: use `cka_matrix` for those.
+no interval and no exclusion of pairs of rows from one document: `engram_interp.measure.cka.cka_matrix` has those, and is
+the reference.
 """
 
 from __future__ import annotations
@@ -19,7 +25,6 @@ from dataclasses import dataclass, fields
 import torch
 from jaxtyping import Float64
 
-from engram_interp.measure.cka_stream import PairSums
 from engram_interp.shapes import Tensor
 
 
@@ -131,7 +136,7 @@ class CKAGrid:
         return CKAGridResult(values, biased, self.n)
 
 
-def _centred(sums: PairSums) -> PairSums:
+def _centred(sums: _PairSums) -> _PairSums:
     return sums.shifted(sums.sum_x / sums.n, sums.sum_y / sums.n)
 
 
@@ -195,21 +200,21 @@ class _GridSums:
                             (self.y, y.sum(0)), (self.q, q.sum(0)), (self.p, p.sum(0))):  # fmt: skip
             total += part
 
-    def pair(self, i: int, j: int, wa: tuple[int, ...], wb: tuple[int, ...]) -> PairSums:
+    def pair(self, i: int, j: int, wa: tuple[int, ...], wb: tuple[int, ...]) -> _PairSums:
         """The sums of layer i of a with layer j of b."""
         u, v = _columns(wa, i), _columns(wb, j)
-        return PairSums(
+        return _PairSums(
             self.n, self.c[u, v], self.x[u], self.y[v], self.q[i], self.p[j], self.qp[i, j], self.y_q[v, i],
             self.x_p[u, j],
         )  # fmt: skip
 
-    def own(self, side: int, i: int, widths: tuple[int, ...]) -> PairSums:
+    def own(self, side: int, i: int, widths: tuple[int, ...]) -> _PairSums:
         """The sums of a layer with itself."""
         start, w, u = sum(k * k for k in widths[:i]), widths[i], _columns(widths, i)
         c = (self.bb if side else self.aa)[start : start + w * w].view(w, w)
         total, norms = (self.y[u], self.p[i]) if side else (self.x[u], self.q[i])
         squared, weighted = (self.pp[i, i], self.y_p[u, i]) if side else (self.qq[i, i], self.x_q[u, i])
-        return PairSums(self.n, c, total, total, norms, norms, squared, weighted, weighted)
+        return _PairSums(self.n, c, total, total, norms, norms, squared, weighted, weighted)
 
     def shifted(self, dx: Tensor, dy: Tensor, wa: tuple[int, ...], wb: tuple[int, ...]) -> _GridSums:
         """The same sums of the rows x - dx, y - dy."""
@@ -234,3 +239,40 @@ class _GridSums:
 def _columns(widths: tuple[int, ...], i: int) -> slice:
     start = sum(widths[:i])
     return slice(start, start + widths[i])
+
+
+@dataclass(frozen=True, eq=False)
+class _PairSums:
+    """The sums of one pair (x, y); `qp` is sum q_i p_i, `q_y` is sum q_i y_i, `p_x` is sum p_i x_i."""
+
+    n: int
+    c: Tensor
+    sum_x: Tensor
+    sum_y: Tensor
+    q: Tensor
+    p: Tensor
+    qp: Tensor
+    q_y: Tensor
+    p_x: Tensor
+
+    def shifted(self, dx: Tensor, dy: Tensor) -> _PairSums:
+        """The same sums of the rows x - dx, y - dy."""
+        n, c, m, k = self.n, self.c, self.sum_x, self.sum_y
+        a, b = dx @ dx, dy @ dy
+        q, p = self.q - 2 * dx @ m + n * a, self.p - 2 * dy @ k + n * b
+        cross = c - torch.outer(dx, k) - torch.outer(m, dy) + n * torch.outer(dx, dy)
+        qp = (
+            self.qp - 2 * self.q_y @ dy - 2 * self.p_x @ dx + 4 * dx @ c @ dy
+            + b * self.q + a * self.p - 2 * b * (dx @ m) - 2 * a * (dy @ k) + n * a * b
+        )  # fmt: skip
+        q_y = self.q_y - 2 * dx @ c + a * k - dy * q
+        p_x = self.p_x - 2 * c @ dy + b * m - dx * p
+        return _PairSums(n, cross, m - n * dx, k - n * dy, q, p, qp, q_y, p_x)
+
+    def hsic(self) -> float:
+        """Song's unbiased HSIC; the rows should be centred, for the rounding."""
+        n, m, k = self.n, self.sum_x, self.sum_y
+        product = self.c.square().sum() - self.qp
+        rows = m @ self.c @ k - k @ self.q_y - m @ self.p_x + self.qp
+        whole = (m @ m - self.q) * (k @ k - self.p) / ((n - 1) * (n - 2))
+        return float((product + whole - 2 * rows / (n - 2)) / (n * (n - 3)))

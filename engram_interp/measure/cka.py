@@ -28,7 +28,6 @@ from engram_interp.measure.cka_diagnostics import (
     spread,
     without_top_feature,
 )
-from engram_interp.measure.cka_stream import CKAAccumulator as CKAAccumulator
 from engram_interp.measure.hsic import HSICCells, hsic_rows, permuted_cka
 from engram_interp.measure.hsic_documents import hsic_documents
 from engram_interp.measure.statistics import LEVEL, Estimate, jackknife, jackknife_covariance

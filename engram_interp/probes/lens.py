@@ -6,9 +6,10 @@ The last site is the final prediction, so its KL is exactly 0. Reverse KL, Jense
 to the true token and the settling depth (first site from which the top-1 never changes) come from the same pass.
 
 With `quantities="kl"` only KL, cross-entropy and top-1 are formed, which costs little more than the products with the
-unembedding (`engram_interp.kernels.lens_kl`); the others are NaN then.
+unembedding (`engram_interp.kernels.lens_kl`); the others are NaN then. `precision="fast"` takes these products in
+bfloat16: KL and cross-entropy alone, with `kl_error`, the largest deviation from the exact values on a sample.
 
-Cost: one forward and L + 1 unembeddings; memory: a few hundred tokens' residuals and one chunk of logits at a time,
+Cost: one forward and L + 1 unembeddings; memory: at most 2,048 tokens' residuals and one chunk of logits at a time,
 plus 28 bytes per token and site for the result. Start tokens are excluded and counted. Misleads: intermediate sites
 need not speak the final basis, so a lower KL can be a matter of dialect: read it beside a tuned lens
 (`engram_interp.probes.tuned_lens`), and compare models only by `compare_lens`, with seeds as the unit wherever there is
@@ -19,23 +20,29 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int64
 
 from engram_interp.gallery import GallerySentence
-from engram_interp.kernels.lens import LensError, LensReadings, lens_readings
-from engram_interp.kernels.lens_kl import lens_kl, plain_head
+from engram_interp.kernels.lens import LensError
 from engram_interp.measure.statistics import Band, simultaneous_band
 from engram_interp.models.protocol import Decoder
-from engram_interp.models.text import Window, start_tokens, windows
+from engram_interp.models.text import start_tokens
+from engram_interp.probes.lens_reading import (
+    Arithmetic,
+    Precision,
+    Quantities,
+    cut_text,
+    form_readings,
+    kept_ids,
+    read_pieces,
+)
+from engram_interp.probes.lens_reading import Lens as Lens
 from engram_interp.probes.strata import NgramCounts, as_text, text_strata
 from engram_interp.runs import Provenance, texts_hash
-from engram_interp.shapes import Float as TensorFloat
-from engram_interp.shapes import Tensor
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,25 +56,6 @@ QUANTITIES = {
     "cross_entropy": "cross-entropy to the true token, nats",
     "agreement": "share of tokens with the final top-1",
 }
-_BATCH = 256  # tokens collected before the unembeddings, so that short texts share them
-
-
-@runtime_checkable
-class Lens(Protocol):
-    """What turns a site's residual into one the exit path can read; the plain logit lens leaves it alone."""
-
-    @property
-    def name(self) -> str:
-        """Printed with every result."""
-        ...
-
-    def check(self, model: Decoder) -> None:
-        """Raise ValueError when the lens was not made for this model."""
-        ...
-
-    def translate(self, site: int, hidden: TensorFloat[Tensor, "B T M D"]) -> TensorFloat[Tensor, "B T M D"]:
-        """The residual in the final basis."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,8 +101,23 @@ class LensResult:
         return len(np.unique(self.document))
 
     @property
+    def kl_error(self) -> float | None:
+        """Largest deviation of KL from float64 (precision "fast": from exact) on sampled tokens, nats; None without."""
+        return self.provenance.options["kl_error"]  # type: ignore[return-value]
+
+    @property
+    def has_top1(self) -> bool:
+        """Whether top-1 predictions were formed; precision "fast" gives none."""
+        return bool((self.final_top1 >= 0).all())
+
+    @property
     def agreement(self) -> Bool[np.ndarray, "L N"]:
-        """Whether a site's top-1 is the final one."""
+        """Whether a site's top-1 is the final one.
+
+        Raises: LensError where there is no top-1.
+        """
+        if not self.has_top1:
+            raise LensError("expected top-1 predictions, found a reading with precision 'fast', which gives none")
         return self.top1 == self.final_top1
 
     @property
@@ -124,12 +127,14 @@ class LensResult:
         return self.sites - settled.sum(0)
 
     def values(self, quantity: str = "kl") -> Float[np.ndarray, "L N"]:
-        """A quantity by name.
+        """A quantity by name, NaN where it was not formed.
 
         Raises: ValueError listing the names.
         """
         if quantity not in QUANTITIES:
             raise ValueError(f"unknown quantity {quantity!r}: expected one of {', '.join(QUANTITIES)}")
+        if quantity == "agreement" and not self.has_top1:
+            return np.full(self.kl.shape, np.nan)
         return getattr(self, quantity).astype(np.float64)
 
     def mask(self, stratum: str | None = None) -> Bool[np.ndarray, " N"]:
@@ -218,6 +223,7 @@ class LensResult:
             "tokens": self.tokens,
             "documents": self.documents,
             "skipped_start_tokens": self.skipped,
+            "kl_error": self.kl_error,
             "provenance": self.provenance.as_dict(),
         }
 
@@ -230,7 +236,8 @@ def logit_lens_kl(
     stream: int | None = None,
     reference: NgramCounts | None = None,
     unigram: Float[np.ndarray, " V"] | None = None,
-    quantities: Literal["all", "kl"] = "all",
+    quantities: Quantities = "all",
+    precision: Precision = "exact",
 ) -> LensResult:
     """Read every site of a model at every token of some texts.
 
@@ -238,9 +245,11 @@ def logit_lens_kl(
         stream: read this residual stream alone (repeated, so that the model's own exit applies) against the final
         prediction of all; reference: n-gram counts for frequency strata; unigram: log-probabilities of the vocabulary
         against which the final prediction is measured, by default the add-one counts of these texts;
-        quantities: "kl" leaves reverse KL, Jensen-Shannon, entropy and the distance to the unigram at NaN.
-    Raises: LensError (a ValueError) for no texts, an empty text, a stream the model has not, logits below float32, or a
-        residual that is not finite (layer, position and text named).
+        quantities: "kl" leaves reverse KL, Jensen-Shannon, entropy and the distance to the unigram at NaN;
+        precision: "fast" multiplies in bfloat16 (quantities "kl" only, no top-1), exact where this machine cannot; the
+        choice and its reason are in the provenance, its error is `kl_error`.
+    Raises: ValueError for names that are not known; LensError (a ValueError) for no texts, an empty text, a stream the
+        model has not, logits below float32, or a residual that is not finite (layer, position and text named).
     """
     if isinstance(texts, str):
         raise LensError("expected a list of texts, found one string")
@@ -248,15 +257,13 @@ def logit_lens_kl(
         raise LensError("expected at least one text, found none")
     if lens is not None:
         lens.check(model)
-    cuts = [_cut(model, as_text(item), number) for number, item in enumerate(texts)]
+    cuts = [cut_text(model, as_text(item), number) for number, item in enumerate(texts)]
     start = len(start_tokens(model))
-    ids = [_kept_ids(windows_, start) for windows_ in cuts]
+    ids = [kept_ids(windows_, start) for windows_ in cuts]
     if unigram is None:
         unigram = unigram_log_probabilities(ids, model.vocab_size)
-    pieces = _pieces(model, cuts, ids, start, lens, stream)
-    head = plain_head(model, model.unembed) if quantities == "kl" else None
-    arithmetic = _Arithmetic(model, torch.from_numpy(np.asarray(unigram)).float(), head)
-    readings = _read(arithmetic, pieces)
+    arithmetic = Arithmetic.of(model, unigram, quantities, precision)
+    readings = form_readings(arithmetic, read_pieces(model, cuts, ids, start, lens, stream))
     strata = [text_strata(model.tokenizer, item, i, reference) for item, i in zip(texts, ids, strict=True)]
     return LensResult(
         model=model.identity.name,
@@ -277,7 +284,6 @@ def logit_lens_kl(
                 "lens": lens.name if lens else "logit lens",
                 "stream": stream,
                 "ngram_order": reference and reference.order,
-                "quantities": quantities,
                 **arithmetic.record(),
             },
         ),
@@ -292,114 +298,3 @@ def unigram_log_probabilities(
     for ids in documents:
         np.add.at(counts, np.asarray(ids, dtype=np.int64), 1)
     return np.log(counts / counts.sum())
-
-
-def _cut(model: Decoder, text: str, number: int) -> list[Window]:
-    try:
-        return list(windows(model, text))
-    except ValueError as error:
-        raise LensError(f"text {number}: {error}") from None
-
-
-def _kept_ids(cut: Sequence[Window], start: int) -> Int64[np.ndarray, " T"]:
-    """The text's own token ids, each once, without the start token."""
-    return torch.cat([w.tokens[0, max(w.keep.start, start) : w.keep.stop] for w in cut]).numpy()
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Exit-ready vectors of the tokens one window adds."""
-
-    sites: Tensor  # [L, n, D]
-    final: Tensor  # [n, D]
-    targets: Tensor  # [n]
-
-
-def _pieces(
-    model: Decoder, cuts: list[list[Window]], ids: list[np.ndarray], start: int, lens: Lens | None, stream: int | None
-) -> Iterator[_Piece]:
-    for number, (cut, text_ids) in enumerate(zip(cuts, ids, strict=True)):
-        targets = torch.from_numpy(np.append(text_ids[1:], -1))
-        done = 0
-        for window in cut:
-            keep = slice(max(window.keep.start, start), window.keep.stop)
-            sites, final = _exit_vectors(model, window.tokens, keep, lens, stream, number)
-            yield _Piece(sites, final, targets[done : done + len(final)])
-            done += len(final)
-
-
-@torch.no_grad()
-def _exit_vectors(
-    model: Decoder, tokens: Tensor, keep: slice, lens: Lens | None, stream: int | None, text: int
-) -> tuple[Tensor, Tensor]:
-    with model.lock:
-        residuals = [site[:, keep] for site in model.residuals(tokens)]
-    _require_finite(residuals, text, keep.start)
-    final = model.exit_hidden(residuals[-1])[0]
-    vectors = []
-    for site, hidden in enumerate(residuals):
-        streams = hidden.shape[2]
-        if stream is not None:
-            if not 0 <= stream < streams:
-                raise LensError(f"expected a stream in [0, {streams}), found {stream}")
-            hidden = hidden[:, :, stream : stream + 1].expand(-1, -1, streams, -1)
-        if lens is not None and site < len(residuals) - 1:
-            hidden = lens.translate(site, hidden)
-        vectors.append(final if site == len(residuals) - 1 and stream is None else model.exit_hidden(hidden)[0])
-    return torch.stack(vectors), final
-
-
-def _require_finite(residuals: list[Tensor], text: int, offset: int) -> None:
-    for site, hidden in enumerate(residuals):
-        finite = torch.isfinite(hidden).all(-1).all(-1)[0]
-        if not bool(finite.all()):
-            position = offset + int(torch.nonzero(~finite)[0])
-            where = "the embedding output" if site == 0 else f"the output of block {site - 1}"
-            raise LensError(f"{where} (layer {site}) is not finite at position {position} of text {text}")
-
-
-@dataclass
-class _Arithmetic:
-    """How readings are formed: by the identity where `head` is a plain matrix, else from all logits of a chunk."""
-
-    model: Decoder
-    unigram: Tensor
-    head: Tensor | None
-    path: str = "all logits of a chunk, float32"
-    error: float | None = None  # largest deviation from float64 on sampled tokens, nats
-
-    @property
-    def batch(self) -> int:
-        """Tokens to collect before a call, so that short texts share the passes over the vocabulary."""
-        return _BATCH if self.head is None else 4 * _BATCH
-
-    def __call__(self, sites: Tensor, final: Tensor, targets: Tensor) -> LensReadings:
-        if self.head is None:
-            return lens_readings(sites, final, self.model.unembed, targets, unigram=self.unigram)
-        found = lens_kl(sites, final, self.head, targets, top1=True)
-        self.path, self.error = found.choice.description, max(found.error, self.error or 0.0)
-        missing = torch.full_like(found.kl, torch.nan)
-        cross_entropy, top1 = found.cross_entropy, found.top1
-        return LensReadings(found.kl, missing, missing, missing, cross_entropy, top1, found.final_top1, missing[0])
-
-    def record(self) -> dict[str, object]:
-        return {"arithmetic": self.path, "kl_error": self.error}
-
-
-def _read(arithmetic: _Arithmetic, pieces: Iterator[_Piece]) -> dict[str, np.ndarray]:
-    """Readings of all pieces, several at a time."""
-    results: list[LensReadings] = []
-    pending: list[_Piece] = []
-
-    def flush() -> None:
-        sites, final = torch.cat([p.sites for p in pending], 1), torch.cat([p.final for p in pending])
-        results.append(arithmetic(sites, final, torch.cat([p.targets for p in pending])))
-        pending.clear()
-
-    for piece in pieces:
-        pending.append(piece)
-        if sum(len(p.final) for p in pending) >= arithmetic.batch:
-            flush()
-    if pending:
-        flush()
-    return {f.name: torch.cat([getattr(r, f.name) for r in results], -1).numpy() for f in fields(LensReadings)}

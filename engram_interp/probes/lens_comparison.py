@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 from scipy import stats
 
+from engram_interp.gallery import GallerySentence
 from engram_interp.measure.statistics import (
     LEVEL,
     Band,
@@ -26,7 +27,9 @@ from engram_interp.measure.statistics import (
     paired_difference,
     simultaneous_band,
 )
-from engram_interp.probes.lens import QUANTITIES, LensResult
+from engram_interp.models.protocol import Decoder
+from engram_interp.probes.lens import QUANTITIES, LensResult, logit_lens_kl
+from engram_interp.probes.residual_rows import require_same_tokenizer
 from engram_interp.runs import Provenance
 
 if TYPE_CHECKING:
@@ -70,6 +73,12 @@ class LensComparison:
     def layers(self) -> list[int]:
         """Residual sites, 0 = embedding output."""
         return list(range(len(self.overall.difference.mean)))
+
+    @property
+    def arithmetic(self) -> str:
+        """How KL was formed, and the largest error found on sampled tokens."""
+        taken, error = (self.provenance.options[key] for key in ("arithmetic", "kl_error"))
+        return f"arithmetic: {taken}" + ("" if error is None else f"; largest error of KL found {error:.1e} nats")
 
     def table(self) -> pd.DataFrame:
         """One row per stratum and layer, and one per summary (`auc`, `auc_normalised`, `settling`)."""
@@ -123,6 +132,26 @@ class LensComparison:
         }
 
 
+def read_and_compare(
+    a: Decoder,
+    b: Decoder,
+    texts: Sequence[str | GallerySentence],
+    *,
+    quantity: str = "kl",
+    seed: int = 0,
+    **options: Any,
+) -> LensComparison:
+    """Read two models on the same texts and compare them; tokenizers and depths are compared before anything is read.
+
+    Args: options: of `logit_lens_kl`.
+    Raises: ValueError as `logit_lens_kl` and `compare_lens`.
+    """
+    require_same_tokenizer([a, b])
+    if a.layers != b.layers:
+        raise ValueError(f"expected the same number of blocks in both models, found {a.layers} and {b.layers}")
+    return compare_lens(*(logit_lens_kl(model, texts, **options) for model in (a, b)), quantity=quantity, seed=seed)
+
+
 def compare_lens(a: LensResult, b: LensResult, *, quantity: str = "kl", seed: int = 0) -> LensComparison:
     """Compare two models read by the same lens on the same texts, paired.
 
@@ -147,7 +176,7 @@ def compare_lens(a: LensResult, b: LensResult, *, quantity: str = "kl", seed: in
             dict(zip(names, [next(iter(r.provenance.models.values())) for r in (a, b)], strict=True)),
             a.provenance.texts_sha256,
             a.provenance.texts,
-            {**a.provenance.options, "quantity": quantity, "seed": seed},
+            {**a.provenance.options, "kl_error": _larger(a.kl_error, b.kl_error), "quantity": quantity, "seed": seed},
         ),
     )
 
@@ -162,6 +191,8 @@ def _require_comparable(a: LensResult, b: LensResult) -> None:
         ("texts", a.provenance.texts_sha256, b.provenance.texts_sha256),
         ("lens", a.lens, b.lens),
         ("stream", a.stream, b.stream),
+        ("precision", a.provenance.options["precision"], b.provenance.options["precision"]),
+        ("quantities", a.provenance.options["quantities"], b.provenance.options["quantities"]),
         ("number of residual sites", a.sites, b.sites),
     ):
         if left != right:
@@ -180,21 +211,34 @@ def _compare(a: LensResult, b: LensResult, mask: np.ndarray, quantity: str, seed
     x, y = (r.values(quantity)[:, mask].T for r in (a, b))
     bands = [simultaneous_band(v, groups, rng=np.random.default_rng(seed)) for v in (x, y, x - y)]
     area, other_area = areas = [r.values("kl")[:-1, mask].sum(0) for r in (a, b)]
-    settled, other_settled = (r.settling_depth[mask].astype(np.float64) for r in (a, b))
     return StratumComparison(
         *bands,
         auc=paired_difference(area, other_area, groups, rng=np.random.default_rng(seed)),
         auc_normalised=_normalised(areas, [r.unigram_kl[mask] for r in (a, b)], groups, seed),
-        settling=paired_difference(settled, other_settled, groups, rng=np.random.default_rng(seed)),
+        settling=_settling(a, b, mask, seed),
         tokens=int(mask.sum()),
         documents=len(np.unique(groups)),
     )
 
 
+def _settling(a: LensResult, b: LensResult, mask: np.ndarray, seed: int) -> Estimate:
+    groups = a.document[mask]
+    if not (a.has_top1 and b.has_top1):
+        return not_estimable("precision 'fast' gives no top-1", len(np.unique(groups)))
+    settled, other = (r.settling_depth[mask].astype(np.float64) for r in (a, b))
+    return paired_difference(settled, other, groups, rng=np.random.default_rng(seed))
+
+
+def _larger(*errors: float | None) -> float | None:
+    return max((e for e in errors if e is not None), default=None)
+
+
 def _normalised(areas: list[np.ndarray], scales: list[np.ndarray], groups: np.ndarray, seed: int) -> Estimate:
     """Area / KL(final || unigram) of the first minus that of the second, each a ratio of means."""
     columns = np.stack([areas[0], scales[0], areas[1], scales[1]], 1).astype(np.float64)
-    if not np.isfinite(columns).all() or (columns.mean(0)[[1, 3]] <= 0).any():
+    if not np.isfinite(columns).all():
+        return not_estimable("KL(final || unigram) was not measured (quantities 'kl')", len(np.unique(groups)))
+    if (columns.mean(0)[[1, 3]] <= 0).any():
         return not_estimable("KL(final || unigram) is not positive", len(np.unique(groups)))
     return function_of_means(
         columns, lambda m: m[..., 0] / m[..., 1] - m[..., 2] / m[..., 3], groups, rng=np.random.default_rng(seed)

@@ -3,7 +3,8 @@
 The candidates of a group run interleaved in one process on the same inputs, so that a machine that slows down slows all of
 them; what is quoted is the ratio to the group's first candidate in the same round: median, and the range of the middle half
 of the rounds. On one thread the clock is the process's CPU time, which other programs disturb least; on several it is wall
-time. Absolute times are for orientation only. Results are a run folder: `ratios`, and every single time in `seconds`.
+time. Beside a ratio stand the project's target, the largest it accepts, and the error that a lens stated (nats). Absolute
+times are for orientation only. Results are a run folder: `ratios`, and every single time in `seconds`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -24,49 +25,60 @@ from engram_interp.runs import texts_hash
 from engram_interp.runs.folder import start_run
 from engram_interp.studies.bench_candidates import (
     Candidates,
-    Group,
     bench_model,
     cka_candidates,
     forward_candidates,
     ngram_candidates,
     vocabulary_candidates,
 )
+from engram_interp.studies.bench_peers import cka_peer_candidates, peer_candidates
 
 if TYPE_CHECKING:
     import pandas as pd
 
-PEERS = ("nnsight", "nnterp", "tuned_lens", "ckatorch")  # not timed yet: the run folder says which are installed
+Group = Literal["forward", "vocabulary", "cka", "ngram", "peers"]
+Report = Callable[[str], object]
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Seconds per round of every candidate of a group; the first is the unit of the ratios."""
+    """Seconds per round of every candidate of a group (none where it does not run); the first is the unit of the ratios."""
 
     group: str
+    candidates: Candidates
     seconds: dict[str, tuple[float, ...]]
+    errors: dict[str, float]
     threads: int
 
     def table(self) -> pd.DataFrame:
-        """One row per candidate: ratio to the unit (median and quartiles), median seconds."""
+        """One row per candidate: ratio to the unit (median and quartiles), target, stated error, median seconds, note."""
         import pandas as pd
 
-        unit = np.array(next(iter(self.seconds.values())))
+        unit = np.array(self.seconds.get(self.candidates[0].name, ()))
         rows = []
-        for name, seconds in self.seconds.items():
-            low, middle, high = np.quantile(np.array(seconds) / unit, [0.25, 0.5, 0.75])
+        for candidate in self.candidates:
+            seconds = np.array(self.seconds.get(candidate.name, ()))
+            low, middle, high = (
+                np.quantile(seconds / unit, [0.25, 0.5, 0.75]) if len(seconds) and len(unit) else [np.nan] * 3
+            )
             rows.append(
                 {
-                    "group": self.group, "threads": self.threads, "candidate": name, "ratio": middle,
-                    "ratio_q25": low, "ratio_q75": high, "seconds": float(np.median(seconds)),
+                    "group": self.group, "threads": self.threads, "candidate": candidate.name, "ratio": middle,
+                    "ratio_q25": low, "ratio_q75": high, "target": np.nan if candidate.target is None else candidate.target,
+                    "error": self.errors.get(candidate.name, np.nan),
+                    "seconds": float(np.median(seconds)) if len(seconds) else np.nan, "note": candidate.note,
                 }
             )  # fmt: skip
         return pd.DataFrame(rows)
 
 
 @torch.no_grad()
-def bench(group: str, candidates: Candidates, *, rounds: int = 7, threads: int = 1) -> BenchResult:
+def bench(
+    group: str, candidates: Candidates, *, rounds: int = 7, threads: int = 1, report: Report = lambda line: None
+) -> BenchResult:
     """Time candidates, interleaved, after one warm-up round.
 
+    Args: report: takes a line as each candidate has warmed up, and one per row at the end.
     Raises: ValueError for fewer than one round.
     """
     if rounds < 1:
@@ -74,17 +86,29 @@ def bench(group: str, candidates: Candidates, *, rounds: int = 7, threads: int =
     clock = time.process_time if threads == 1 else time.perf_counter
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    running = [c for c in candidates if c.run is not None]
+    seconds: dict[str, list[float]] = {c.name: [] for c in running}
+    errors: dict[str, float] = {}
+    head = f"{group}, {threads} thread{'s' * (threads > 1)}"
     try:
         for round_ in range(rounds + 1):
-            for name, run in candidates.items():
+            for candidate in running:
                 start = clock()
-                run()
+                result = candidate.run()  # type: ignore[misc]
+                took = candidate.times * (clock() - start)
                 if round_:  # the first round warms caches and allocator
-                    seconds[name].append(clock() - start)
+                    seconds[candidate.name].append(took)
+                    continue
+                report(f"{head}: {candidate.name}, {took:.2f} s to warm up")
+                if isinstance(error := getattr(result, "error", None), float):
+                    errors[candidate.name] = error
+                del result
     finally:
         torch.set_num_threads(before)
-    return BenchResult(group, {name: tuple(values) for name, values in seconds.items()}, threads)
+    found = BenchResult(group, candidates, {name: tuple(v) for name, v in seconds.items()}, errors, threads)
+    for row in found.table().itertuples():
+        report(f"{head}: {row.candidate}, {row.note or f'{row.ratio:.3f} of the unit'}")
+    return found
 
 
 def bench_groups(groups: Sequence[str], model: HouseModel | None, seed: int = 0) -> dict[str, Callable[[], Candidates]]:
@@ -111,12 +135,23 @@ def bench_groups(groups: Sequence[str], model: HouseModel | None, seed: int = 0)
                 generator(), rows_per_head=2_262_400, head_width=80, vocab_size=129_280
             ),
         },
+        "peers": {
+            "peers": lambda: peer_candidates(generator()),
+            "cka peers": lambda: cka_peer_candidates(generator()),
+        },
     }
     return {name: make for group in groups for name, make in every[group].items()}
 
 
 def run_bench(
-    groups: Sequence[str], model: HouseModel | None, out: Path, *, rounds: int, threads: Sequence[int], seed: int = 0
+    groups: Sequence[str],
+    model: HouseModel | None,
+    out: Path,
+    *,
+    rounds: int,
+    threads: Sequence[int],
+    seed: int = 0,
+    report: Report = lambda line: None,
 ) -> pd.DataFrame:
     """Time groups at each number of threads and keep the result; a stopped run goes on with the groups that are missing.
 
@@ -128,7 +163,6 @@ def run_bench(
     config: dict[str, object] = {
         "groups": list(groups), "rounds": rounds, "threads": list(threads), "processor": platform.processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "installed_peers": [name for name in PEERS if find_spec(name)],
     }  # fmt: skip
     identity = {model.identity.name: model.identity.weights_sha256} if model else {}
     with start_run(
@@ -136,10 +170,11 @@ def run_bench(
     ) as run:
         shards = []
         for number, (name, make) in enumerate(makers.items()):
+            made = cache(make)  # once for all numbers of threads, and not at all where every shard is there
             for count in threads:
                 shards.append(f"{number}.threads-{count}")
                 if shards[-1] not in run.done_shards("ratios"):
-                    result = bench(name, make(), rounds=rounds, threads=count)
+                    result = bench(name, made(), rounds=rounds, threads=count, report=report)
                     run.write_shard("seconds", shards[-1], pd.DataFrame(result.seconds).melt(var_name="candidate"))
                     run.write_shard("ratios", shards[-1], result.table())
         run.gather("seconds", shards)

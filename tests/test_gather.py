@@ -1,0 +1,41 @@
+"""Are the rows that the fast gather reads those of the table, bit for bit?"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engram_interp.memory.table import MultiHeadTable, gather_rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16])
+@pytest.mark.parametrize("width", [1, 8, 33, 80])
+def test_rows_are_those_of_the_table(dtype, width):
+    generator = torch.Generator().manual_seed(width)
+    table = torch.randn(301, width, generator=generator).to(dtype)
+    for shape in ((3, 70, 16), (1, 1, 1), (0, 4, 2)):
+        rows = torch.randint(0, 301, shape, generator=generator)
+        found = gather_rows(table, rows)
+        assert found.equal(torch.nn.functional.embedding(rows, table))
+        assert found.data_ptr() % 64 == 0
+    assert gather_rows(table[::2], rows.clamp_max(150)).equal(table[::2][rows.clamp_max(150)])
+
+
+@pytest.mark.parametrize("width", [8, 80])
+@pytest.mark.parametrize("row", [-1, 301])
+def test_a_row_that_is_not_there_is_refused(width, row):
+    rows = torch.tensor([[[0, 300, row]]])
+    with pytest.raises(IndexError):
+        gather_rows(torch.zeros(301, width), rows)
+
+
+def test_training_reads_with_a_gradient():
+    table = MultiHeadTable(20, 4)
+    torch.nn.init.normal_(table.weight, generator=torch.Generator().manual_seed(0))
+    rows = torch.tensor([[[3, 5], [3, 0]]])
+    trained = table(rows)
+    trained.sum().backward()
+    assert table.weight.grad.sum(1).nonzero().flatten().tolist() == [0, 3, 5]
+    with torch.no_grad():
+        assert table(rows).equal(trained)
+    assert not table(rows).is_inference() and table.requires_grad_(False)(rows).equal(trained)
