@@ -10,6 +10,7 @@ from state import View
 
 from engram_interp.figures.gatemap import show as visible
 from engram_interp.probes.gates import GateMap
+from engram_interp.probes.token_effects import TokenEffects
 from engram_interp.probes.token_memory import TokenMemory, token_memory
 
 
@@ -29,8 +30,8 @@ def show(view: View, gates: GateMap, token: int, window: tuple[int, int]) -> Non
         _numbers(view, gates, token)
 
 
-def _with_and_without(view: View, token: int, window: tuple[int, int]) -> None:
-    effects = loaders.effects(view.model, view.text, window)
+def predictions(effects: TokenEffects, token: int) -> None:
+    """The next token after one position, with the memory and without it."""
     at = token - effects.first
     if effects.following[at]:
         columns = st.columns(4)
@@ -52,10 +53,13 @@ def _with_and_without(view: View, token: int, window: tuple[int, int]) -> None:
             for name in ("p with", "p without")
         },
     )
+
+
+def _with_and_without(view: View, token: int, window: tuple[int, int]) -> None:
+    predictions(loaders.effects(view.model, view.text, window), token)
     st.caption(
         "Most probable next tokens, with the memory and with its write set to zero in every block. Setting every "
-        "gate to 0 is "
-        "the same thing: the gate multiplies the whole value, and the convolution has no bias. Later layers may "
+        "gate to 0 is the same thing: the gate multiplies the whole value, and the convolution has no bias. Later layers may "
         "repair a loss."
     )
 

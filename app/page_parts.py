@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -108,7 +109,8 @@ def as_json(value: dict) -> str:
 def figure(plot: go.Figure, key: str, alt: str = "") -> None:
     """A Plotly figure that fits its column; the camera on it saves a PNG made by the browser."""
     options = {"displaylogo": False, "toImageButtonOptions": {"format": "png", "scale": 2, "filename": key}}
-    plot.update_layout(template=None, margin_t=44)
+    lines = textwrap.wrap(plot.layout.title.text or "", 44)  # what fits a telephone: Plotly cuts a longer line off
+    plot.update_layout(template=None, margin_t=24 + 20 * len(lines), title_text="<br>".join(lines))
     st.plotly_chart(plot, key=f"figure_{key}", config=options, alt=alt or None)
 
 
@@ -118,7 +120,7 @@ def table(frame: pd.DataFrame, key: str, height: int | str = "auto") -> None:
 
 
 def lens_choices(models: list, results: list, at: int) -> pd.DataFrame:
-    """First choice, KL and entropy of every layer of every model after one token."""
+    """First choice, KL and entropy (nats) of every layer of every model after one token."""
     import pandas as pd
 
     from engram_interp.figures.gatemap import show
@@ -126,9 +128,7 @@ def lens_choices(models: list, results: list, at: int) -> pd.DataFrame:
 
     columns: dict[str, object] = {"layer": list(range(results[0].sites))}
     for model, result in zip(models, results, strict=True):
-        columns[f"{result.model}: first choice"] = [
-            show(t) for t in show_tokens(model.tokenizer, result.top1[:, at].tolist())
-        ]
-        columns[f"{result.model}: KL, nats"] = result.kl[:, at]
-        columns[f"{result.model}: entropy, nats"] = result.entropy[:, at]
+        columns[result.model] = [show(t) for t in show_tokens(model.tokenizer, result.top1[:, at].tolist())]
+        columns[f"KL, {result.model}"] = result.kl[:, at].round(3)
+        columns[f"entropy, {result.model}"] = result.entropy[:, at].round(3)
     return pd.DataFrame(columns)

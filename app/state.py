@@ -14,16 +14,18 @@ import loaders
 import streamlit as st
 import texts
 
+from engram_interp.models.protocol import Decoder
 from engram_interp.probes.token_readings import Quantity
 
 DEFAULT_TEXT = "Only Alexander the Great could tame the horse Bucephalus. By the way, the Princess of Wales agreed."
-QUANTITIES: dict[Quantity, str] = {
-    "gate": "gate",
-    "score": "score",
-    "write": "write",
-    "effect": "effect",
-}
+QUANTITIES: tuple[Quantity, ...] = ("gate", "score", "write", "effect")
 WINDOW = 512  # tokens shown at once
+_COLOURS = """
+- gate: from 0 to 1; 0.5 is a score of 0, no evidence
+- score: what the gate is made from; 0 is no evidence
+- write: size of what the memory adds, beside the stream it adds to
+- effect: how much more probable the next token is with the memory, nats
+"""
 _OWN_WORDS = "your own text"
 
 
@@ -75,8 +77,8 @@ def gates_view(model: str, text: str, layers: tuple[int, ...], branches: int, to
         forget_unless("branch", names)
         st.segmented_control("Branch", names, default="mean", required=True, key="branch", bind="query-params")
         st.segmented_control(
-            "Colour by", list(QUANTITIES), default="gate", required=True, key="by", bind="query-params"
-        )
+            "Colour by", QUANTITIES, default="gate", required=True, key="by", bind="query-params", help=_COLOURS
+        )  # fmt: skip
     pages = -(-tokens // WINDOW)
     page = 0
     if pages > 1:
@@ -93,6 +95,18 @@ def gates_view(model: str, text: str, layers: tuple[int, ...], branches: int, to
         page=page,
         pinned=state.get("pinned"),
     )
+
+
+def token_in(strip: str, text: str, tokens: int) -> int | None:
+    """The token chosen in a strip, None where none was."""
+    take_selection(strip)
+    return _chosen_token(text, tokens)
+
+
+def cut(model: Decoder, text: str, tokens: int) -> str:
+    """The beginning of a text that has so many tokens."""
+    offsets = model.tokenizer.encode(text, add_special_tokens=False).offsets
+    return text if len(offsets) <= tokens else text[: offsets[tokens - 1][1]]
 
 
 def take_selection(strip: str) -> None:
@@ -126,6 +140,12 @@ def forget_unless(key: str, options: list[str]) -> None:
     """Another model may not have the layer or branch chosen before."""
     if key in st.session_state and st.session_state[key] not in options:
         del st.session_state[key]
+
+
+def forget_choices(key: str, options: list[str]) -> None:
+    """A filter or a restart may have taken some of several choices away."""
+    if key in st.session_state:
+        st.session_state[key] = [choice for choice in st.session_state[key] if choice in options]
 
 
 def _use_example() -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,7 +73,7 @@ def app_environment() -> dict[str, str]:
 def run_app(
     models: Sequence[str] = (), port: int | None = None, headless: bool = False, runs: str | None = None
 ) -> int:
-    """Serve the dashboard until it is stopped; returns the server's exit code.
+    """Serve the dashboard until it is stopped (interrupt or SIGTERM, which end the server too); its exit code.
 
     Raises: ValueError when Streamlit is not installed, or for options that cannot be; FileNotFoundError without the
         application.
@@ -80,8 +82,13 @@ def run_app(
         raise ValueError("the dashboard needs Streamlit: pip install 'engram-interp[app]'")
     command = app_command(models, runs, port, headless)
     server = subprocess.Popen(command, env=app_environment())
+    ours = threading.current_thread() is threading.main_thread()  # elsewhere Python takes no handlers
+    before = signal.signal(signal.SIGTERM, lambda *_: server.terminate()) if ours else None
     try:
         return server.wait()
     except KeyboardInterrupt:
         server.terminate()
         return server.wait()
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)

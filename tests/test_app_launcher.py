@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,3 +45,21 @@ def test_the_server_finds_this_package(tmp_path: Path):
         check=True,
     )
     assert Path(run.stdout.strip()).parent == Path(app_launcher.__file__).parent
+
+
+def test_ending_the_program_ends_its_server():
+    """`kill` on the command must not leave a server that holds the port."""
+    program = (
+        "import sys; from engram_interp import app_launcher as a\n"
+        "wait = 'import os, time; print(os.getpid(), flush=True); time.sleep(100)'\n"
+        "a.app_command = lambda *_: [sys.executable, '-c', wait]\n"
+        "sys.exit(a.run_app() == 0)"
+    )
+    environment = app_launcher.app_environment()
+    with subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        server = int(run.stdout.readline())
+        run.terminate()
+        assert run.wait(60) == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(server, 0)

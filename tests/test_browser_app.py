@@ -16,6 +16,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
@@ -52,21 +53,26 @@ def server(tmp_path_factory, tiny_engram, tiny_moe, tokenizer) -> Iterator[str]:
     root = tmp_path_factory.mktemp("server")
     for name, model in (("tiny-engram", tiny_engram), ("tiny-moe", tiny_moe)):
         save_model(model, tokenizer, root / name)
+    with serve(root, [str(root / "tiny-engram"), str(root / "tiny-moe")]) as address:
+        yield address
+
+
+@contextmanager
+def serve(root: Path, models: list[str]) -> Iterator[str]:
+    """A server that works in a folder and is gone afterwards."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = app_command([str(root / "tiny-engram"), str(root / "tiny-moe")], port=port, headless=True)
-    log = (root / "log.txt").open("w")
     environment = app_environment() | {"XDG_CACHE_HOME": str(root)}
-    process = subprocess.Popen(command, env=environment, cwd=root, stdout=log, stderr=subprocess.STDOUT)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_up(address, process, root / "log.txt")
-        yield address
-    finally:
-        process.terminate()
-        process.wait(20)
-        log.close()
+    with (root / "log.txt").open("w") as log:
+        command = app_command(models, port=port, headless=True)
+        process = subprocess.Popen(command, env=environment, cwd=root, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            wait_until_up(f"http://127.0.0.1:{port}", process, root / "log.txt")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait(20)
 
 
 def wait_until_up(address: str, process: subprocess.Popen, log: Path) -> None:
@@ -149,7 +155,8 @@ def quiet(page: Page) -> None:
     """Wait until the script has ended and drawings have settled."""
     page.wait_for_timeout(400)
     page.wait_for_function("!document.querySelector('[data-testid=stApp][data-test-script-state=running]')")
-    page.wait_for_timeout(700)
+    page.wait_for_function("!document.querySelector('[data-testid=stSkeleton]')")
+    page.wait_for_timeout(500)
 
 
 def focused(page: Page) -> str | None:
@@ -172,7 +179,8 @@ def test_click_keys_cell_and_a_shared_address(tab, pictures):
     page.keyboard.press("Home")
     token_heading(page, 0)
     title = page.locator(".token").nth(5).get_attribute("title")
-    assert "2-gram" in title and "gate by branch" in title and "slots" in title
+    for part in ("2-gram", "slots", "gate by branch", "score by branch", "write / stream", "log p of the next token"):
+        assert part in title
     grid = page.locator(".gate-strip canvas")
     box = grid.bounding_box()
     grid.click(position={"x": box["width"] * 6.5 / len(words), "y": box["height"] - 4})  # token 6, last row: block 3
@@ -245,6 +253,11 @@ def test_every_page_opens_by_its_address(tab, pictures, name):
     assert page.get_by_test_id("stException").count() == 0
     assert page.get_by_text("Details for a report").count() == 0
     page.screenshot(path=pictures / f"{name}.png", full_page=True)
+    page.emulate_media(color_scheme="dark")
+    page.set_viewport_size({"width": 390, "height": 844})
+    quiet(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.screenshot(path=pictures / f"{name}_narrow.png", full_page=True)
 
 
 def test_a_job_shows_progress_is_cancelled_and_met_again(tab):
@@ -288,6 +301,37 @@ def resident_megabytes(address: str) -> float:
         except OSError:
             continue
     raise AssertionError(f"no server on port {port}")
+
+
+@pytest.mark.slow
+def test_times_of_the_bundled_model(browser, tmp_path):
+    """Prints what a user waits for, cold and warm; what is asserted is that the wait ended in the right picture."""
+    sentence = "The old harbour of London lies below the castle of the king, and the Prince of Wales looks over it. "
+    times, begun = {}, time.monotonic()
+    with serve(tmp_path, []) as address:
+        page = browser.new_page()
+        page.set_default_timeout(WAIT)
+        page.goto(address)
+        page.wait_for_selector(".token")
+        times["first page, cold"] = time.monotonic() - begun
+        for copies, last in ((3, 50), (92, 511)):
+            quiet(page)
+            box = page.get_by_role("textbox", name="Text")
+            box.fill(sentence * copies)
+            begun = time.monotonic()
+            box.press("Control+Enter")
+            page.locator(".token").nth(last).wait_for()
+            seconds = time.monotonic() - begun
+            quiet(page)
+            tokens = int(re.search(r"(\d+) tokens · ", page.content())[1])
+            assert tokens > 20 * copies and len(tokens_of(page)) == min(tokens, 512)
+            times[f"gate map of {tokens} tokens"] = seconds
+            begun = time.monotonic()
+            page.locator(".token").nth(9).click()
+            token_heading(page, 9)
+            times[f"click in {tokens} tokens"] = time.monotonic() - begun
+        page.close()
+    print("; ".join(f"{what} {seconds:.2f} s" for what, seconds in times.items()))
 
 
 @pytest.mark.slow

@@ -69,7 +69,12 @@ function build(strip) {
     strip.canvas.title = cell
       ? `token ${strip.data.first + cell.t} ${strip.data.tokens[cell.t]}\n${strip.data.labels[cell.row]}: ${shown}` : "";
   };
-  strip.hint = element(strip.root, "div", "hint");
+  const foot = element(strip.root, "div", "foot");
+  strip.hint = element(foot, "span", "hint");
+  const save = element(foot, "button", "save", "PNG");
+  save.type = "button";
+  save.title = "Save this picture";
+  save.onclick = () => savePicture(strip);
   strip.observer = new ResizeObserver(() => strip.data && paintGrid(strip));
   strip.observer.observe(strip.scroll);
 }
@@ -130,10 +135,6 @@ function paintHead(strip) {
   element(legend, "span", "", format(scale.high));
   const middle = scale.middle ? ` (middle ${format((scale.low + scale.high) / 2)}: ${scale.middle})` : "";
   element(legend, "span", "", scale.unit + middle);
-  const save = element(strip.head, "button", "save", "PNG");
-  save.type = "button";
-  save.title = "Save this picture";
-  save.onclick = () => savePicture(strip);
 }
 
 function paintLabels(strip) {

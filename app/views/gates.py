@@ -90,7 +90,14 @@ def compare(view: state.View, readings: TokenReadings, token: int) -> TokenReadi
     before = read(view, pinned, view.pinned)
     before, after = shared_range(before, readings)
     caption = page_parts.provenance_text(pinned.provenance, f"block {view.layer}")
-    strip(picture(view, pinned, before, first), "strip_a", "A (pinned)", before.peak + first, view.layer, caption)
+    strip(
+        picture(view, pinned, before, first, view.pinned),
+        "strip_a",
+        "A (pinned)",
+        before.peak + first,
+        view.layer,
+        caption,
+    )
     gap = difference(before, after)
     if gap is None:
         st.caption("A and B share fewer than half of their tokens, so they stand side by side without a difference.")
@@ -103,10 +110,13 @@ def compare(view: state.View, readings: TokenReadings, token: int) -> TokenReadi
     return after
 
 
-def picture(view: state.View, gates: GateMap, readings: TokenReadings, first: int) -> dict[str, object]:
-    """What the strip draws."""
+def picture(
+    view: state.View, gates: GateMap, readings: TokenReadings, first: int, text: str | None = None
+) -> dict[str, object]:
+    """What the strip draws; `text` where it is not the view's."""
     model, layer = loaders.model(view.model), gates.layers.index(view.layer)
     part = slice(first, first + len(readings.tokens))
+    effects = loaders.effects(view.model, text or view.text, (part.start, part.stop))
     ids = gates.token_ids[: part.stop]
     hover = hover_texts(
         readings.tokens,
@@ -115,7 +125,7 @@ def picture(view: state.View, gates: GateMap, readings: TokenReadings, first: in
         gates.gates[part, layer],
         gates.scores[part, layer],
         gates.write_norm[part, layer] / gates.hidden_norm[part, layer],
-        readings.grid[0] if view.quantity == "effect" else None,
+        effects.change,
         layer=view.layer,
         first=first,
     )
@@ -136,8 +146,7 @@ def too_long(model, text: str, tokens: int) -> None:  # noqa: ANN001
     st.warning(f"This text has {tokens} tokens; at most {loaders.MAX_TOKENS} can be shown.")
 
     def shorten() -> None:
-        end = model.tokenizer.encode(text, add_special_tokens=False).offsets[state.WINDOW - 1][1]
-        st.session_state["text_box"] = text[:end]
+        st.session_state["text_box"] = state.cut(model, text, state.WINDOW)
 
     st.button(f"Use the first {state.WINDOW} tokens", on_click=shorten)
 

@@ -129,7 +129,7 @@ def show_collisions(model, block: int, corpus: tuple[str, ...], source: str) -> 
     st.caption(
         f"{result.tokens} tokens of {source}. Collisions grow with the corpus: compare corpora of one size only."
     )
-    page_parts.provenance_line(result.provenance, f"{job.seconds:.1f} s")
+    page_parts.provenance_line(result.provenance, f"{job.elapsed:.1f} s")
     page_parts.exports(
         "collisions", "collisions", csv=lambda: result.table().to_csv(index=False),
         json=lambda: page_parts.as_json(result.as_dict()),

@@ -14,6 +14,11 @@ from engram_interp.probes.similarity import CKAHeatmap, cka_heatmap
 
 QUESTION = "Do shallow Engram layers look like deep baseline layers?"
 POSITIONS = {"entity_final": "last token of names", "one_per_document": "one token per sentence", "all": "every token"}
+EXPLANATION = (
+    "Every layer of both models reads the same tokens; CKA says how alike two layers arrange them, from 0 to 1. If the "
+    "memory spares the first layers their work, a layer of this model should look most like a deeper layer of the "
+    "baseline, and by more than another seed of the baseline does."
+)
 
 
 def show() -> None:
@@ -39,7 +44,7 @@ def show() -> None:
         )  # fmt: skip
         st.segmented_control(
             "Rows at", list(POSITIONS), default="entity_final", required=True, key="at", bind="query-params",
-            format_func=POSITIONS.get,
+            format_func=POSITIONS.get, wrap=True,
         )  # fmt: skip
         st.toggle(
             "Shuffled-document null",
@@ -55,23 +60,24 @@ def run(name: str, baseline: str, control: str, positions: str) -> None:
     """Start or show the heat map."""
     models = [loaders.model(n) for n in (name, baseline, *([control] if control != "none" else []))]
     sentences, permutations = load_gallery(), 200 if st.session_state["null"] else 0
+    part = jobs.first_part(sentences)
 
     def work(job: jobs.Job) -> CKAHeatmap:
-        watched = [WatchedModel(model, job.tick) for model in models]
-        return cka_heatmap(
-            watched[0],
-            watched[1],
-            sentences,
-            positions,
-            control=watched[2] if len(watched) > 2 else None,
-            permutations=permutations,
-        )
+        first, second, *seeds = [WatchedModel(model, job.tick) for model in models]
+        options = {"control": seeds[0] if seeds else None, "permutations": permutations}
+        if part:
+            job.keep(
+                cka_heatmap(first, second, part, positions, **options), f"{len(part)} of {len(sentences)} sentences"
+            )
+        return cka_heatmap(first, second, sentences, positions, **options)
 
     weights = [m.identity.weights_sha256 for m in models]
     label = f"Compare every layer over the {len(sentences)} bundled sentences"
-    total = len(models) * len(sentences)
+    total = len(models) * (len(sentences) + len(part))
     job = jobs.run_button(jobs.job_name("cka", weights, positions, permutations), label, total, work)
-    if job is not None:
+    if job is None:
+        st.caption(EXPLANATION)
+    else:
         result(job)
 
 
@@ -99,7 +105,7 @@ def result(job: jobs.Job) -> None:
         "one architecture also give an index that differs from the diagonal."
     )
     page_parts.provenance_line(
-        heat.provenance, f"{heat.matrix.n} rows of {heat.matrix.documents} sentences", f"{job.seconds:.0f} s"
+        heat.provenance, f"{heat.matrix.n} rows of {heat.matrix.documents} sentences", f"{job.elapsed:.0f} s"
     )
     page_parts.exports(
         "cka", "cka", csv=lambda: heat.table().to_csv(index=False), json=lambda: page_parts.as_json(heat.as_dict()),

@@ -12,8 +12,8 @@ from jaxtyping import Float
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-# Okabe & Ito 2008: eight colours that stay apart in every common form of colour blindness.
-OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#000000")
+# Okabe & Ito 2008, which stay apart in every common form of colour blindness; grey for black, which a dark page hides.
+OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#7F7F7F")
 PATTERNS = ("", "/", "x", ".", "\\", "+", "-", "|")
 
 
@@ -51,7 +51,7 @@ def bars_figure(
                 x=list(groups), y=bar.value, name=bar.label,
                 error_y={
                     "type": "data", "symmetric": False,
-                    "array": bar.high - bar.value, "arrayminus": bar.value - bar.low,
+                    "array": bar.high - bar.value, "arrayminus": bar.value - bar.low, "color": "#808080",
                 },
                 marker={
                     "color": OKABE_ITO[i % len(OKABE_ITO)],

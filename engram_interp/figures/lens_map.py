@@ -36,10 +36,11 @@ def lens_map(
 
     if values.shape != (len(choices), len(tokens)) or any(len(row) != len(tokens) for row in choices):
         raise ValueError(f"expected {len(choices)} x {len(tokens)} values and choices, found {values.shape}")
+    places = [f"{t} {show(token)}" for t, token in enumerate(tokens)]  # as categories, of which Plotly labels what fits
     labels = ["emb." if site == 0 else str(site) for site in range(len(values))]
     figure = go.Figure(
         go.Heatmap(
-            z=values, x=list(range(len(tokens))), y=list(range(len(values))), zmin=0.0,
+            z=values, x=places, y=list(range(len(values))), zmin=0.0,
             zmax=float(np.nanmax(values)) if largest is None else largest, colorscale=scale(),
             customdata=[[f"{show(tokens[t])} → {show(row[t])}" for t in range(len(tokens))] for row in choices],
             hovertemplate="layer %{y}, token %{x}<br>%{customdata}<br>%{z:.3f}<extra></extra>",
@@ -50,8 +51,6 @@ def lens_map(
     figure.update_layout(margin={"l": 50, "r": 10, "t": 36, "b": 70})
     for block in memories:
         figure.add_hline(y=block + 0.5, line={"color": "#d55e00", "width": 2, "dash": "dash"})
-    step = 1 + len(tokens) // 40
-    ticks = list(range(0, len(tokens), step))
-    figure.update_xaxes(tickvals=ticks, ticktext=[show(tokens[t]) for t in ticks], tickangle=-60)
+    figure.update_xaxes(type="category", tickangle=-60)
     figure.update_yaxes(tickvals=list(range(len(values))), ticktext=labels, title_text="layer")
     return figure

@@ -10,7 +10,7 @@ may repair what was taken.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -107,15 +107,15 @@ def ablation_effects(
     batch_tokens: int = BATCH_TOKENS,
     seed: int = 0,
     progress: bool = False,
+    after_task: Callable[[AblationEffects], None] | None = None,
 ) -> AblationEffects:
     """Score every item with the memory and without it.
 
-    Args: statistics: for the conditions that need data; seed: of the bootstrap.
+    Args: statistics: for the conditions that need data; seed: of the bootstrap; after_task: is given the result of the
+        tasks done so far after each but the last.
     Raises: ValueError for no task, no condition, two conditions of one label, or a condition the model cannot have
         (checked before anything runs).
     """
-    import pandas as pd
-
     _check(tasks, conditions)
     entries = [partial(_enter, model, c, statistics) for c in conditions]
     for enter in entries:
@@ -123,7 +123,7 @@ def ablation_effects(
             pass
     first_blocks = [0, *(min(c.blocks or model.engram_layers) for c in conditions)]  # type: ignore[attr-defined]
     frames = []
-    for task in tasks:
+    for number, task in enumerate(tasks, start=1):
         scores = score_items(
             model,
             task.items,
@@ -133,6 +133,16 @@ def ablation_effects(
             progress=task.name if progress else "",
         )
         frames += [_frame(task, label, scores, c) for c, label in enumerate([FULL, *(c.label for c in conditions)])]
+        if after_task is not None and number < len(tasks):
+            after_task(_effects(model, tasks[:number], conditions, frames, seed))
+    return _effects(model, tasks, conditions, frames, seed)
+
+
+def _effects(
+    model: Decoder, tasks: Sequence[Task], conditions: Sequence[Condition], frames: list[pd.DataFrame], seed: int
+) -> AblationEffects:
+    import pandas as pd
+
     texts = [f"{item.id}\t{item.prompt}\t{item.choices}" for task in tasks for item in task.items]
     options = {"tasks": [t.name for t in tasks], "conditions": [c.label for c in conditions], "seed": seed}
     provenance = Provenance(

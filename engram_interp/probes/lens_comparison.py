@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -179,6 +179,19 @@ def compare_lens(a: LensResult, b: LensResult, *, quantity: str = "kl", seed: in
             {**a.provenance.options, "kl_error": _larger(a.kl_error, b.kl_error), "quantity": quantity, "seed": seed},
         ),
     )
+
+
+def earlier_beyond_null(comparison: LensComparison, null: LensComparison) -> Literal["earlier", "later", "undecided"]:
+    """Whether the first model of a comparison forms its predictions earlier than the second, beyond what two seeds of
+    one architecture differ by.
+
+    Args: null: the second model against another seed of itself, on the same texts.
+    Returns: "earlier" or "later" when the interval of the area lies beyond everything in the interval of the null, on
+        either side of 0; else "undecided".
+    """
+    here, seeds = comparison.overall.auc, null.overall.auc
+    beyond = max(abs(seeds.low), abs(seeds.high))
+    return "earlier" if here.high < -beyond else "later" if here.low > beyond else "undecided"
 
 
 def _require_comparable(a: LensResult, b: LensResult) -> None:

@@ -15,14 +15,16 @@ from jaxtyping import Float
 if TYPE_CHECKING:
     import pandas as pd
 
-_MOST_BARS = 8
-
 
 def metrics_of(frame: pd.DataFrame) -> list[str]:
-    """Columns that hold an estimate with its interval; a table of `mean`, `low`, `high` has the estimate `mean`."""
+    """Columns that hold an estimate with its interval; a table of `mean`, `low`, `high` has the estimate `mean`.
+
+    Those that no condition changes (the score of the untouched model beside every ablation) come last.
+    """
     columns = set(frame.columns)
     names = [str(c) for c in frame.columns if {f"{c}_low", f"{c}_high"} <= columns]
-    return names or [c for c in ("mean", "value", "estimate") if {c, "low", "high"} <= columns]
+    names = names or [c for c in ("mean", "value", "estimate") if {c, "low", "high"} <= columns]
+    return sorted(names, key=lambda name: _is_constant(frame, name))
 
 
 Bar = tuple[str, Float[np.ndarray, " groups"], Float[np.ndarray, " groups"], Float[np.ndarray, " groups"]]
@@ -46,8 +48,12 @@ def pivot_metric(frames: Mapping[str, pd.DataFrame], metric: str) -> tuple[list[
         bars += [(f"{prefix}{label}".strip() or run, *_values(part, names[0], metric)) for label, part in conditions]  # type: ignore[misc]
     if not bars:
         raise ValueError(f"expected a table with the estimate {metric!r}, found none")
-    kept = bars[:_MOST_BARS]
-    return [(label, *(np.array([v.get(g, np.nan) for g in groups]) for v in values)) for label, *values in kept], groups  # type: ignore[misc]
+    return [(label, *(np.array([v.get(g, np.nan) for g in groups]) for v in values)) for label, *values in bars], groups  # type: ignore[misc]
+
+
+def _is_constant(frame: pd.DataFrame, name: str) -> bool:
+    names = _text_columns(frame)
+    return len(names) > 1 and bool((frame.groupby(names[0])[name].nunique(dropna=False) <= 1).all())
 
 
 def _values(frame: pd.DataFrame, group: str, metric: str) -> list[dict[str, float]]:

@@ -22,7 +22,7 @@ from engram_interp.models.registry import Pair
 from engram_interp.probes.ablation import AblationEffects, ablation_effects, default_conditions
 from engram_interp.probes.gate_statistics import GateStatistics, record_gates
 from engram_interp.probes.lens import logit_lens_kl
-from engram_interp.probes.lens_comparison import LensComparison, compare_lens
+from engram_interp.probes.lens_comparison import LensComparison, compare_lens, earlier_beyond_null
 from engram_interp.probes.similarity import CKAHeatmap, cka_heatmap
 from engram_interp.probes.tasks import load_tasks
 from engram_interp.runs import texts_hash
@@ -115,8 +115,7 @@ def _at_level(estimate: Estimate, level: float) -> Estimate:
 
 def _lens_finding(lens: LensComparison, null: LensComparison) -> Finding:
     here, seeds = lens.overall.auc, null.overall.auc
-    beyond = max(abs(seeds.low), abs(seeds.high))
-    verdict: Verdict = "supported" if here.high < -beyond else "opposite" if here.low > beyond else "not supported"
+    verdicts: dict[str, Verdict] = {"earlier": "supported", "later": "opposite", "undecided": "not supported"}
     band = lens.overall.difference
     earlier = [layer for layer in lens.layers[:-1] if band.high[layer] < 0]
     return Finding(
@@ -125,7 +124,7 @@ def _lens_finding(lens: LensComparison, null: LensComparison) -> Finding:
         f"area over layers {here} nats x layers; below 0 at layers {earlier} of {lens.layers} (simultaneous band)",
         f"the baseline against its other seed: {seeds}",
         "the interval of the area lies beyond everything in the interval of the null; " + lens.statement,
-        verdict,
+        verdicts[earlier_beyond_null(lens, null)],
     )
 
 
