@@ -30,8 +30,13 @@ _BLOCK = 2048  # tokens whose addresses are formed in the second-level cache
 class NgramReader:
     """The memory vectors of one Engram layer.
 
+    >>> import engram_interp
+    >>> model = engram_interp.load("mini-engram")
+    >>> engram, tokens = model.engram(model.engram_layers[0]), model.to_tokens("Alexander the Great")
     >>> reader = NgramReader(engram.ngram_hash, engram.table.weight)
     >>> vectors = reader.read(tokens)  # overwritten by the next call
+    >>> bool((vectors == engram.read(engram.ngram_hash.slots(tokens))).all())
+    True
     """
 
     def __init__(self, ngram_hash: NgramHash, table: Float[Tensor, "rows width"]) -> None:
