@@ -49,5 +49,6 @@ targets = attribution.direct.targets.tolist()
 rival = model.tokenizer.encode(" Nations", add_special_tokens=False).ids[0]
 contrast = memory_attribution(model, text, targets=targets, against=[rival] * len(targets))
 for e, layer in enumerate(contrast.layers):
-    orders = ", ".join(f"{n}-grams {x:+.2f}" for n, x in zip(contrast.orders, contrast.order_logits[e, at], strict=True))
+    said = zip(contrast.orders, contrast.order_logits[e, at], strict=True)
+    orders = ", ".join(f"{n}-grams {logits:+.2f}" for n, logits in said)
     print(f"block {layer}: {orders}, convolution {contrast.conv_logits[e, at]:+.2f} logits")

@@ -25,17 +25,20 @@ model = load("mini-engram")
 prompt, target = "He was born in the United", " Nations"
 
 # %% [markdown]
-# ## The edit
+# ## The edit, both ways
+# The closed form moves along one direction only, and may not get there; gradient steps go through the whole model.
 
 # %%
-edit = edit_slots(model, prompt, target)
-print(
-    f"log p({target!r}) {edit.logprob_before:.2f} before, {edit.logprob_after:.2f} after; it is now the first choice: "
-    f"{edit.success}; {edit.overlay.rows} rows changed by {edit.relative_size:.2f} of their norm"
-)
+for method in ("closed_form", "gradient"):
+    edit = edit_slots(model, prompt, target, method=method)
+    print(
+        f"{method}: log p({target!r}) {edit.logprob_before:.2f} before, {edit.logprob_after:.2f} after, "
+        f"{'now' if edit.success else 'still not'} the first choice; "
+        f"{edit.overlay.rows} rows changed by {edit.relative_size:.2f} of their norm"
+    )
 
 # %% [markdown]
-# ## What the model now writes
+# ## What the model writes with the second edit
 
 # %%
 before = continuations(model, prompt, steps=8).with_memory

@@ -48,4 +48,4 @@ show_figure(statistics.figure(), "gates-by-kind-of-token")
 # %%
 for split in statistics.splits:
     part = split.conv_norm2 / (split.gated_norm2 + split.conv_norm2)
-    print(f"block {split.layer}: convolution {part:.0%} of the squared norms, cosine with the gated value {split.cosine:.2f}")
+    print(f"block {split.layer}: convolution {part:.0%} of the squared norms, cosine with the value {split.cosine:.2f}")

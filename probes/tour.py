@@ -29,8 +29,8 @@ from engram_interp.probes.token_effects import token_effects
 pair = engram_interp.load_pair("mini")
 model = pair.engram
 for each in (pair.engram, pair.moe, pair.moe_control):
-    parameters = sum(weight.numel() for weight in each.parameters())
-    print(f"{each.identity.name}: {parameters / 1e6:.1f} M parameters, memory in blocks {getattr(each, 'engram_layers', ())}")
+    millions = sum(weight.numel() for weight in each.parameters()) / 1e6
+    print(f"{each.identity.name}: {millions:.1f} M parameters, memory in blocks {each.engram_layers}")
 
 # %% [markdown]
 # ## 2. Look
@@ -84,9 +84,7 @@ for name, a, b in (("write at zero", inside, outside), ("rows of other addresses
 # ## 5. Say what was found, and no more
 
 # %%
-differences = [
-    paired_difference(a, b, rng=rng) for a, b in ((inside, outside), (inside_control, outside_control))
-]
+differences = [paired_difference(a, b, rng=rng) for a, b in ((inside, outside), (inside_control, outside_control))]
 if all(d.low > 0 for d in differences):
     finding = "the memory helps more inside names than elsewhere, and it is the content of its rows that helps"
 elif differences[0].low > 0:
