@@ -1,8 +1,10 @@
 """engram_interp: look inside language models that carry an Engram memory.
 
-    import engram_interp
-    pair = engram_interp.load_pair("mini")
-    gates = engram_interp.probes.read_gates(pair.engram, "Only Alexander the Great could tame Bucephalus.")
+    >>> import engram_interp
+    >>> pair = engram_interp.load_pair("mini")
+    >>> gates = engram_interp.probes.read_gates(pair.engram, "Only Alexander the Great could tame Bucephalus.")
+    >>> gates.table().columns.tolist()
+    ['position', 'token', 'layer', 'branch', 'gate', 'score', 'write_norm', 'hidden_norm']
 
 Everything is imported on first use, so importing this package costs nothing.
 """

@@ -43,6 +43,16 @@ def ablate(
         that need data; options: those of the kind, such as scale=0.5 (gate_scale), order=2 (keep_order), bits=4
         (quantise).
     Raises: AblationError (a ValueError) for an unknown kind, block, branch or option, or a missing one.
+
+    >>> import engram_interp
+    >>> model = engram_interp.load("mini-engram")
+    >>> tokens = model.to_tokens("Alexander the Great")
+    >>> before = model(tokens)
+    >>> with engram_interp.ablate(model, "output_zero"):
+    ...     bool((model(tokens) == before).all())
+    False
+    >>> bool((model(tokens) == before).all())  # nothing is left behind, to the last bit
+    True
     """
     with model.hooks(ablation_hooks(model, kind, blocks, positions, branches, statistics, options)):
         yield model

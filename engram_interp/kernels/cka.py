@@ -40,10 +40,12 @@ class CKAGridResult:
 class CKAGrid:
     """Sums over the rows seen so far.
 
-    >>> grid = CKAGrid([x.shape[1] for x in layers_a], [y.shape[1] for y in layers_b])
-    >>> for rows in chunks:
-    ...     grid.update([x[rows] for x in layers_a], [y[rows] for y in layers_b])
-    >>> grid.result().values
+    >>> layers = [torch.randn(300, width, generator=torch.Generator().manual_seed(width)) for width in (8, 16)]
+    >>> grid = CKAGrid([8, 16], [8, 16])
+    >>> for start in range(0, 300, 100):
+    ...     _ = grid.update(*[[x[start : start + 100] for x in layers]] * 2)
+    >>> grid.result().values.diagonal().round(decimals=4)
+    tensor([1., 1.], dtype=torch.float64)
     """
 
     def __init__(self, widths_a: Sequence[int], widths_b: Sequence[int]) -> None:

@@ -33,6 +33,13 @@ def soft_alignment(
         0.19).
     Returns: 0-based fractional baseline layers; NaN where the top-k similarities do not sum to something positive.
     Raises: ValueError for k larger than the number of baseline layers or below 1, or a non-finite heat map.
+
+    >>> import numpy as np
+    >>> from engram_interp.probes import soft_alignment
+    >>> soft_alignment(np.eye(4), k=1)  # every layer is like its twin alone
+    array([0., 1., 2., 3.])
+    >>> soft_alignment(np.ones((5, 2)), k=5)  # no layer stands out: the middle
+    array([2., 2.])
     """
     _check(similarity)
     rows = len(similarity)

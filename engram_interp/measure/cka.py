@@ -135,6 +135,13 @@ def linear_cka(
         permutations, rng: size and randomness of the permutation null.
         companions: also compute the biased value, the value on rms-normalised rows and without the largest feature.
     Raises: ValueError for fewer than 4 rows or documents, unequal lengths, a constant side, or a non-finite value.
+
+    >>> import numpy as np
+    >>> from engram_interp.probes import linear_cka
+    >>> x = np.random.default_rng(0).normal(size=(40, 8))
+    >>> turn = np.linalg.qr(np.random.default_rng(1).normal(size=(8, 8)))[0]
+    >>> round(linear_cka(x, 3 * x @ turn).value, 9)  # rotation and scale do not matter
+    1.0
     """
     matrix = cka_matrix(
         [x], [y], groups=groups, permutations=0, companions=companions, level=level, names_a=("x",), names_b=("y",)

@@ -50,6 +50,16 @@ class CompressedVocabulary:
     """The map P from raw token ids to compressed ids.
 
     `token_map[v]` is P(v); `texts[c]` is the normalised text all tokens of compressed id `c` share.
+
+    >>> import engram_interp
+    >>> from engram_interp.memory import CompressedVocabulary
+    >>> tokenizer = engram_interp.load("mini-engram").tokenizer
+    >>> vocabulary = CompressedVocabulary.from_tokenizer(tokenizer)
+    >>> the, spaced = (tokenizer.encode(word, add_special_tokens=False).ids[0] for word in ("The", " the"))
+    >>> the == spaced, bool(vocabulary.token_map[the] == vocabulary.token_map[spaced])
+    (False, True)
+    >>> vocabulary.size < vocabulary.raw_size == tokenizer.get_vocab_size()
+    True
     """
 
     token_map: Int64[np.ndarray, " V"]

@@ -80,6 +80,13 @@ class Engram(nn.Module):
 
     Parameters: `table.weight` [rows, head]; `value_proj` [D, mem]; `key_proj` [M*D, mem] branch-major; `key_norm`,
     `query_norm`, `conv_norm` gains [M, D]; `conv` [M, D, kernel], last tap = current token.
+
+    >>> import torch
+    >>> from engram_interp.memory import CompressedVocabulary, Engram, EngramOptions, NgramHash
+    >>> ngram_hash = NgramHash(CompressedVocabulary.identity(10), multipliers=(3, 5), primes=((7, 11),), pad=0)
+    >>> engram = Engram(ngram_hash, EngramOptions(width=8, branches=2, head_width=4))
+    >>> engram(torch.zeros(1, 3, 2, 8), torch.tensor([[1, 2, 3]])).shape  # [B, T, M, D]
+    torch.Size([1, 3, 2, 8])
     """
 
     def __init__(self, ngram_hash: NgramHash, options: EngramOptions) -> None:

@@ -81,6 +81,15 @@ class NgramHash:
     `eos` (a compressed id), filling it with `pad`, as Qwen does. `window_rule` "engram_peft_1_2" is what that program
     computes: multipliers go to the oldest token first, and every order's window starts at t-N+1, so orders below the
     largest do not read the current token.
+
+    >>> import torch
+    >>> from engram_interp.memory import CompressedVocabulary, NgramHash
+    >>> ngram_hash = NgramHash(CompressedVocabulary.identity(10), multipliers=(3, 5), primes=((7, 11),), pad=0)
+    >>> ngram_hash.slots(torch.tensor([[2, 4]]))  # 2*3 ^ 0*5 = 6 and 4*3 ^ 2*5 = 6, modulo 7 and 11
+    tensor([[[6, 6],
+             [6, 6]]])
+    >>> ngram_hash.rows_of_slots(ngram_hash.slots(torch.tensor([[2, 4]])))[0, 0].tolist()
+    [6, 13]
     """
 
     vocabulary: CompressedVocabulary

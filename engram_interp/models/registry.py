@@ -47,6 +47,12 @@ def load(name_or_path: str | Path) -> HouseModel:
     """Open a model for inference, in float32 on the CPU.
 
     Raises: CheckpointError for an unknown name or a checkpoint that is not exactly what its configuration says.
+
+    >>> import engram_interp
+    >>> model = engram_interp.load("mini-engram")
+    >>> tokens = model.to_tokens("Diana, Princess of Wales")
+    >>> model(tokens).shape == (*tokens.shape, model.vocab_size)
+    True
     """
     return load_model(find(name_or_path))
 
@@ -55,6 +61,13 @@ def load_pair(name: str = "mini") -> Pair:
     """Open a bundled pair and its control.
 
     Raises: CheckpointError for an unknown pair.
+
+    >>> import engram_interp
+    >>> pair = engram_interp.load_pair("mini")
+    >>> pair.engram.layers == pair.moe.layers == pair.moe_control.layers
+    True
+    >>> pair.moe.engram_layers
+    ()
     """
     if name not in PAIRS:
         raise CheckpointError(f"unknown pair {name!r}: expected one of {', '.join(PAIRS)}")

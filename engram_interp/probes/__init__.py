@@ -31,6 +31,8 @@ _LAZY = {
     "read_gates": "probes.gates",
     "read_slot": "probes.memory_table",
     "record_gates": "probes.gate_statistics",
+    "show_figure": "probes.show",
+    "show_table": "probes.show",
     "slot_collisions": "probes.collisions",
     "soft_alignment": "measure.alignment",
     "train_tuned_lens": "probes.tuned_lens",

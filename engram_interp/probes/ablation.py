@@ -115,6 +115,18 @@ def ablation_effects(
         tasks done so far after each but the last.
     Raises: ValueError for no task, no condition, two conditions of one label, or a condition the model cannot have
         (checked before anything runs).
+
+    >>> import engram_interp
+    >>> from engram_interp.probes import Condition, ablation_effects
+    >>> from engram_interp.probes.tasks import load_tasks
+    >>> model = engram_interp.load("mini-engram")
+    >>> tasks = load_tasks(["gallery_entity"], model.tokenizer, limit=8)
+    >>> nothing = Condition(kind="gate_scale", options={"scale": 1.0})  # every gate as it is
+    >>> effects = ablation_effects(model, tasks, [Condition(kind="output_zero"), nothing])
+    >>> effects.table()[["condition", "items"]].values.tolist()
+    [['output_zero', 8], ['gate_scale scale=1.0', 8]]
+    >>> float(effects.items.query("condition == 'gate_scale scale=1.0'")["kl"].abs().max())
+    0.0
     """
     _check(tasks, conditions)
     entries = [partial(_enter, model, c, statistics) for c in conditions]

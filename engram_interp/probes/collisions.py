@@ -164,6 +164,13 @@ def slot_collisions(
     Args: block: None is the first memory; index: an `NgramIndex` of a corpus, used instead of counting `texts`;
     inspect: for how many texts, from the first, every n-gram is looked at.
     Raises: ValueError for a model without memory, or a corpus without a token.
+
+    >>> import engram_interp
+    >>> from engram_interp.gallery import load_gallery
+    >>> from engram_interp.probes import slot_collisions
+    >>> found = slot_collisions(engram_interp.load("mini-engram"), [s.text for s in load_gallery()[:20]])
+    >>> all(head.occupied <= min(head.ngrams, head.slots) for head in found.heads)
+    True
     """
     from tqdm import tqdm
 

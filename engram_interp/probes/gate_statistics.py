@@ -160,6 +160,15 @@ def record_gates(
     Args: texts: plain texts, or gallery sentences, whose entity-final and phrase-final tokens become strata; reference: texts in
         which to count the longest n-grams (None: no split by count); top: strongest contexts kept per layer and branch.
     Raises: ValueError when there is no text, no memory, or a text is empty.
+
+    >>> import engram_interp
+    >>> from engram_interp.gallery import load_gallery
+    >>> from engram_interp.probes import record_gates
+    >>> statistics = record_gates(engram_interp.load("mini-engram"), load_gallery()[:4])
+    >>> statistics.texts
+    4
+    >>> all(0 < summary.mean.value < 1 for summary in statistics.summaries)
+    True
     """
     if not texts:
         raise ValueError("expected at least one text, found none")

@@ -115,6 +115,13 @@ def read_gates(model: MemoryModel, text: str, *, limit: int | None = None) -> Ga
 
     Args: limit: refuse longer texts (tokens); texts beyond the context are read in overlapping windows.
     Raises: ValueError for an empty or too long text, a model without memory, or a gate that is not finite (position named).
+
+    >>> import engram_interp
+    >>> from engram_interp.probes import read_gates
+    >>> model = engram_interp.load("mini-engram")
+    >>> gates = read_gates(model, "By the way, I am a fan of the Milky Way.")
+    >>> gates.gates.shape == (len(gates.tokens), len(model.engram_layers), gates.branches)
+    True
     """
     layers = _require_memory(model)
     parts = [_read_window(model, w.tokens, layers, w.keep) for w in windows(model, text, **_limit(limit))]

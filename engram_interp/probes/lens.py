@@ -250,6 +250,15 @@ def logit_lens_kl(
         choice and its reason are in the provenance, its error is `kl_error`.
     Raises: ValueError for names that are not known; LensError (a ValueError) for no texts, an empty text, a stream the
         model has not, logits below float32, or a residual that is not finite (layer, position and text named).
+
+    >>> import engram_interp
+    >>> from engram_interp.probes import logit_lens_kl
+    >>> model = engram_interp.load("mini-moe")
+    >>> result = logit_lens_kl(model, ["The river Seine flows through Paris.", "Aristotle taught Alexander the Great."])
+    >>> result.kl.shape == (model.layers + 1, result.tokens)
+    True
+    >>> float(abs(result.kl[-1]).max())  # the last site is the prediction itself
+    0.0
     """
     if isinstance(texts, str):
         raise LensError("expected a list of texts, found one string")

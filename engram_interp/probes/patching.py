@@ -160,6 +160,14 @@ def patch_memory(
 
     Args: what: of `STAGES`; the rest as in `prompt_pair`.
     Raises: ValueError for an unknown stage or direction, a block without memory, or prompts that cannot be compared.
+
+    >>> import engram_interp
+    >>> from engram_interp.probes import patch_memory
+    >>> model = engram_interp.load("mini-engram")
+    >>> same = "The capital of France is"
+    >>> effects = patch_memory(model, same, same, (" Paris", " Rome"), what=["write"])
+    >>> float(effects.table()["effect"].abs().max())  # a prompt's own memory changes nothing
+    0.0
     """
     import pandas as pd
 

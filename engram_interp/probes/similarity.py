@@ -183,6 +183,16 @@ def cka_heatmap(
         ValueError: different tokenizers, no texts or spans, fewer than 4 documents, k larger than the number of sites,
         a
             constant or non-finite site.
+
+    >>> import engram_interp
+    >>> from engram_interp.gallery import load_gallery
+    >>> from engram_interp.probes import cka_heatmap
+    >>> moe = engram_interp.load("mini-moe")
+    >>> heat = cka_heatmap(moe, moe, load_gallery()[:8])
+    >>> heat.values.shape == (moe.layers + 1, moe.layers + 1)
+    True
+    >>> bool(abs(heat.values.diagonal() - 1).max() < 1e-9)  # a model is like itself
+    True
     """
     models = {"engram": engram, "baseline": baseline} | ({"control": control} if control else {})
     require_same_tokenizer(list(models.values()))
