@@ -39,6 +39,14 @@ def test_article_loss_counts_every_token_once(tiny_engram, texts):
     assert size.tolist() == [len(texts[0].encode()), len(" ".join(texts).encode())]
 
 
+def test_windows_read_together_lose_what_they_lose_alone(tiny_engram, tiny_moe, texts):
+    articles = [texts[0], " ".join(texts), texts[1][:9], " ".join(texts[3:])]
+    for model in (tiny_engram, tiny_moe):
+        together, alone = article_losses(model, articles), article_losses(model, articles, batch_tokens=1)
+        np.testing.assert_allclose(together[0] / together[1], alone[0] / alone[1], rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(together[1:], alone[1:])
+
+
 def test_suite_on_a_data_folder_leaves_out_what_is_missing(tiny_engram, data):
     result = evaluate(tiny_engram, data)
     assert set(result.scores) == {"heldout_loss", "context_copy", "induction"}
@@ -182,16 +190,17 @@ def test_the_command_keeps_scores_items_and_differences(tiny_engram, tiny_moe, d
     for name, model in (("engram", tiny_engram), ("moe", tiny_moe)):
         save_model(model, model.tokenizer, tmp_path / name)
     names = (str(tmp_path / "engram"), str(tmp_path / "moe"))
-    results, folder = run_evaluate(names, data, **options, out=tmp_path / "run")
+    results, differences, folder = run_evaluate(names, data, **options, out=tmp_path / "run")
     run = open_run(folder)
     assert run.manifest.status == "done"
     first, second = (result.model for result in results)
     kept = run.table(f"items.{first}")
     assert kept.loc[kept.task == "context_copy", "item"].tolist() == [f"wiki_context_copy.{n}" for n in range(1, 7)]
+    assert run.table(f"difference.{second}").equals(differences[0])
     difference = run.table(f"difference.{second}").set_index(["task", "quantity"])
     gap = results[0].scores["heldout_loss"].value.value - results[1].scores["heldout_loss"].value.value
     assert difference.loc[("heldout_loss", "nats per token"), "difference"] == pytest.approx(gap)
-    again, same = run_evaluate(names, data, **options, out=tmp_path / "run")
+    again, _, same = run_evaluate(names, data, **options, out=tmp_path / "run")
     assert same == folder
     assert json.dumps(again[0].as_dict()["scores"]) == json.dumps(results[0].as_dict()["scores"])
     assert json.loads((folder / f"{first}.json").read_text())["scores"] == json.loads(

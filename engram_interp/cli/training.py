@@ -88,10 +88,9 @@ def evaluate(
         out: The run folder; by default one below runs/evaluate named by what is evaluated.
         json: Print the scores as JSON.
     """
-    from engram_interp.studies.evaluation import compare_evaluations
     from engram_interp.studies.evaluation_command import run_evaluate
 
-    results, folder = run_evaluate(
+    results, differences, folder = run_evaluate(
         (model,) if against is None else (model, against),
         data,
         items=items,
@@ -105,7 +104,7 @@ def evaluate(
     for name in results[0].missing:
         print(f"left out: {name} (no data)", file=sys.stderr)
     print(f"run folder: {folder}", file=sys.stderr)
-    difference = compare_evaluations(*results) if against else None
+    difference = differences[0] if against else None
     if json:
         rows = None if difference is None else difference.to_dict("records")
         show_json({**results[0].as_dict(), "against": results[1].as_dict() if against else None, "difference": rows})

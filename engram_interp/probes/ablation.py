@@ -22,9 +22,10 @@ from pydantic import Field
 from engram_interp.hooks.ablation import ablate
 from engram_interp.hooks.statistics import MemoryStatistics
 from engram_interp.measure.statistics import Estimate, SharedDraws, mean_interval, paired_difference, retained_fraction
+from engram_interp.models.batching import BATCH_TOKENS
 from engram_interp.models.config import StrictModel
 from engram_interp.models.protocol import Decoder, MemoryModel
-from engram_interp.probes.scoring import BATCH_TOKENS, score_items
+from engram_interp.probes.scoring import score_items
 from engram_interp.probes.tasks import Task
 from engram_interp.runs import Provenance, texts_hash
 

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from jaxtyping import Float, Shaped
 
+from engram_interp.models.batching import BATCH_TOKENS, batches, right_padded
 from engram_interp.models.protocol import Decoder
 from engram_interp.models.text import start_tokens
 from engram_interp.probes.task_items import Item, Text
 from engram_interp.shapes import Int64, Tensor
 
 _ROWS = 64  # positions unembedded at a time: their logits (2 MB at a vocabulary of 8192) stay in the cache of a core
-BATCH_TOKENS = 4096
 
 Condition = Callable[[], AbstractContextManager[object]]
 
@@ -116,24 +116,6 @@ def shared_runs(encoded: Sequence[EncodedChoice]) -> list[Run]:
             for tokens, new in hosts
         ]
     return runs
-
-
-def batches(runs: Sequence[Run], batch_tokens: int = BATCH_TOKENS) -> Iterator[list[Run]]:
-    """Runs of similar length together, at most `batch_tokens` with padding (or one run)."""
-    batch: list[Run] = []
-    for run in sorted(runs, key=lambda r: (len(r.tokens), r.item)):
-        if batch and (len(batch) + 1) * len(run.tokens) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(run)
-    if batch:
-        yield batch
-
-
-def right_padded(rows: Sequence[tuple[int, ...]]) -> Int64[Tensor, "B T"]:
-    """Rows of equal length; the last token of each is repeated."""
-    length = max(map(len, rows))
-    return torch.tensor([[*row, *[row[-1]] * (length - len(row))] for row in rows])
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ import torch
 from engram_interp.gallery.files import read_jsonl
 from engram_interp.kernels.losses import token_losses
 from engram_interp.measure.statistics import Estimate, mean_interval, paired_difference
+from engram_interp.models.batching import BATCH_TOKENS, batches, right_padded
 from engram_interp.models.protocol import Decoder
 from engram_interp.models.text import start_tokens, windows
 from engram_interp.probes.scoring import score_items
@@ -105,24 +106,44 @@ class Evaluation:
         return pd.DataFrame([{"task": name, **score.as_dict()} for name, score in self.scores.items()])
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """One window of a text: its tokens from `first` on are new, and predicted."""
+
+    text: int
+    tokens: tuple[int, ...]
+    first: int
+
+
 @torch.no_grad()
 def article_losses(
-    model: Decoder, texts: Sequence[str], *, progress: bool = False
+    model: Decoder, texts: Sequence[str], *, batch_tokens: int = BATCH_TOKENS, progress: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Summed next-token loss (nats), tokens and UTF-8 bytes of each text; windows overlap, every token counts once."""
+    """Summed next-token loss (nats), tokens and UTF-8 bytes of each text; windows overlap, every token counts once.
+
+    Args: batch_tokens: windows are read together up to so many tokens; 1 reads one at a time.
+    """
     from tqdm import tqdm
 
     start = len(start_tokens(model))
-    rows = []
-    for text in tqdm(texts, unit="article", desc="held-out loss", disable=not progress):
-        total, tokens = 0.0, 0
-        for window in windows(model, text, limit=10**9):
-            first = max(window.keep.start, start, 1)
-            hidden = model.exit_hidden(model.residuals(window.tokens)[-1])[0, first - 1 : -1]
-            losses = token_losses(hidden, model.unembed, window.tokens[0, first:])
-            total, tokens = total + float(losses.double().sum()), tokens + len(losses)
-        rows.append((total, tokens, len(text.encode())))
-    return tuple(np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))  # type: ignore[return-value]
+    pieces = [
+        _Piece(n, tuple(window.tokens[0].tolist()), max(window.keep.start, start, 1))
+        for n, text in enumerate(texts)
+        for window in windows(model, text, limit=10**9)
+    ]
+    total, tokens = np.zeros(len(texts)), np.zeros(len(texts))
+    with tqdm(total=len(pieces), unit="window", desc="held-out loss", disable=not progress) as bar:
+        for batch in batches(pieces, batch_tokens):
+            hidden = model.exit_hidden(model.residuals(right_padded([p.tokens for p in batch]))[-1])
+            read = torch.cat([h[p.first - 1 : len(p.tokens) - 1] for h, p in zip(hidden, batch, strict=True)])
+            targets = torch.tensor([token for p in batch for token in p.tokens[p.first :]])
+            counts = [len(p.tokens) - p.first for p in batch]
+            losses = token_losses(read, model.unembed, targets).double().split(counts)
+            of = [p.text for p in batch]
+            np.add.at(total, of, [float(part.sum()) for part in losses])
+            np.add.at(tokens, of, counts)
+            bar.update(len(batch))
+    return total, tokens, np.array([len(text.encode()) for text in texts], dtype=np.float64)
 
 
 def evaluate(

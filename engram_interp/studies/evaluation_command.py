@@ -7,10 +7,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engram_interp.models.adapters.opening import open_decoder
 from engram_interp.runs.folder import start_run
 from engram_interp.studies.evaluation import Evaluation, compare_evaluations, evaluate
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 RUNS = Path("runs/evaluate")
 
@@ -24,11 +28,12 @@ def run_evaluate(
     seed: int,
     hub: Sequence[str],
     out: Path | None,
-) -> tuple[list[Evaluation], Path]:
+) -> tuple[list[Evaluation], list[pd.DataFrame], Path]:
     """Evaluate every model on the same items and keep scores, items and differences from the first.
 
     Args: out: run folder; None takes one below `runs/evaluate` that is named by what was evaluated, so that the same command
         always ends in the same folder.
+    Returns: the evaluations, the first minus each of the others, and the folder.
     Raises: RunError when the folder holds another run.
     """
     progress = sys.stderr.isatty()
@@ -47,6 +52,7 @@ def run_evaluate(
         for result in results:
             run.write_table(f"items.{result.model}", result.items)
             run.write_text(f"{result.model}.json", json.dumps(result.as_dict(), indent=1))
-        for other in results[1:]:
-            run.write_table(f"difference.{other.model}", compare_evaluations(results[0], other))
-    return results, folder
+        differences = [compare_evaluations(results[0], other) for other in results[1:]]
+        for other, difference in zip(results[1:], differences, strict=True):
+            run.write_table(f"difference.{other.model}", difference)
+    return results, differences, folder
