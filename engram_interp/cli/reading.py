@@ -239,6 +239,7 @@ def corpus(
     batch: int = 8,
     threads: int = 1,
     device: Literal["cpu", "cuda"] = "cpu",
+    device_map: str | None = None,
     base: Base = None,
     json: bool = False,
 ) -> int:
@@ -256,13 +257,14 @@ def corpus(
         batch: Windows per forward.
         threads: Threads per process.
         device: With cuda, every process takes the GPU of its local rank.
+        device_map: Where transformers puts the weights of a large Hugging Face model (auto, balanced, ...); one process only.
         base: The base model an adapter belongs to.
         json: Print the summary as JSON.
     """
     from engram_interp.corpus.command import run_corpus
 
     done = run_corpus(
-        model, texts, out, read, base=base, device=device, documents=documents, per_token=per_token,
+        model, texts, out, read, base=base, device=device, device_map=device_map, documents=documents, per_token=per_token,
         shard_documents=shard_documents, batch=batch, threads=threads,
     )  # fmt: skip
     if done is None:

@@ -21,7 +21,9 @@ from torch import distributed
 
 from engram_interp.shapes import Float, Tensor
 
-_PATIENCE = timedelta(days=7)  # ranks with little to do wait for the others; a dead one is noticed by torchrun, not by this
+_PATIENCE = timedelta(
+    days=7
+)  # ranks with little to do wait for the others; a dead one is noticed by torchrun, not by this
 
 
 class StoppedError(OSError):

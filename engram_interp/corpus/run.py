@@ -15,7 +15,7 @@ Memory: one shard (8 documents) and the model; the documents table, 8 bytes per 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -83,11 +83,9 @@ def read_corpus_run(
     before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
-        with ExitStack() as stack:
-            if team.rank == 0:
-                run = stack.enter_context(_start(model, corpus, out, options))
+        with _start(model, corpus, out, options) if team.rank == 0 else nullcontext() as first:
             team.wait()
-            run = run if team.rank == 0 else RunFolder(out, read_manifest(out))
+            run = first or RunFolder(out, read_manifest(out))
             return _read(reader, corpus, run, options, team)
     except StoppedError as error:
         done = len(RunFolder(out, read_manifest(out)).done_shards("sums")) if (out / "shards").is_dir() else 0
@@ -99,7 +97,7 @@ def read_corpus_run(
         torch.set_num_threads(before)
 
 
-def _start(model: Decoder, corpus: Path, out: Path, options: CorpusOptions):  # noqa: ANN202
+def _start(model: Decoder, corpus: Path, out: Path, options: CorpusOptions) -> AbstractContextManager[RunFolder]:
     return start_run(
         out,
         study="corpus",
