@@ -230,3 +230,23 @@ def test_smollm2_135m():
     means = result.kl.mean(1)
     assert means[0] > 5 > means[28] > 0
     assert np.median(result.cross_entropy[-1][np.isfinite(result.cross_entropy[-1])]) < 4
+
+
+def test_device_map_places_the_same_model(tokenizer, tmp_path, monkeypatch):
+    from engram_interp.models.adapters.opening import open_decoder
+
+    build("Llama").save_pretrained(tmp_path)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    plain, placed = open_decoder(tmp_path), open_decoder(tmp_path, device_map="cpu")
+    assert placed.model.hf_device_map == {"": torch.device("cpu")}
+    assert placed.identity.weights_sha256 == plain.identity.weights_sha256
+    tokens = torch.arange(3, 20)[None]
+    assert torch.equal(placed(tokens), plain(tokens))
+    assert torch.equal(placed.unembed(placed.exit_hidden(placed.residuals(tokens)[-1])), plain(tokens))
+    with pytest.raises(
+        ValueError, match=r"expected a Hugging Face model for device_map 'auto', found one of kind house"
+    ):
+        open_decoder("mini-engram", device_map="auto")
+    monkeypatch.setattr("engram_interp.models.adapters.hosted.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="expected the package accelerate for device_map 'cpu', found none"):
+        open_decoder(tmp_path, device_map="cpu")

@@ -27,7 +27,16 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 EXPERIMENTS = REPOSITORY / "experiments"
 SMALL = {"tasks": ["arithmetic"], "items": 4, "fit_texts": 3, "seeds": [0]}
 # Studies that train or read other things; test_training_study and test_context_studies run them.
-ELSEWHERE = {"sweep", "allocation", "table_size", "placement", "components", "long_context", "offload"}
+ELSEWHERE = {
+    "sweep",
+    "allocation",
+    "table_size",
+    "placement",
+    "components",
+    "long_context",
+    "offload",
+    "corpus_scaling",
+}
 OWN = {
     "remove_engram": {"kinds": ["output_zero", "mean", "resample"]},  # and a baseline: the model itself
     "layer_and_branch": {},

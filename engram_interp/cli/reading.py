@@ -1,4 +1,4 @@
-"""Commands that read models: list, gates, check, lens, cka, ablate."""
+"""Commands that read models: list, gates, check, lens, cka, ablate, corpus."""
 
 from __future__ import annotations
 
@@ -228,3 +228,59 @@ def ablate(
     from engram_interp.studies.commands import run_ablate
 
     return run_ablate(model, config, data=data, base=base, as_json=json, out=out)
+
+
+@app.command
+def corpus(
+    model: Positional[Model],
+    *,
+    texts: Path,
+    out: Path,
+    read: tuple[Literal["gates", "lens"], ...] = (),
+    documents: int = 0,
+    per_token: bool = False,
+    shard_documents: int = 8,
+    batch: int = 8,
+    threads: int = 1,
+    device: Literal["cpu", "cuda"] = "cpu",
+    device_map: str | None = None,
+    base: Base = None,
+    json: bool = False,
+) -> int:
+    """Read gates and lens over a corpus of any size; started again it goes on. Over N processes:
+    `torchrun --nproc-per-node N -m engram_interp corpus ...`, with the same result to the last bit.
+
+    Args:
+        model: A bundled name, a model directory or a GGUF file.
+        texts: A token file (.bin, from tokenize) or JSON lines with a `text` (.jsonl, .jsonl.zst).
+        out: The run folder to write or to go on with.
+        read: What to read; by default the gates of a model that has a memory, and the lens.
+        documents: Read only this many from the front; 0 reads all.
+        per_token: Keep a row per token too (`shards/tokens/*.parquet`).
+        shard_documents: Documents per piece that a stop cannot undo.
+        batch: Windows per forward.
+        threads: Threads per process.
+        device: With cuda, every process takes the GPU of its local rank.
+        device_map: Where transformers puts the weights of a large Hugging Face model (auto, balanced, ...); one process only.
+        base: The base model an adapter belongs to.
+        json: Print the summary as JSON.
+    """
+    from engram_interp.corpus.command import run_corpus
+
+    done = run_corpus(
+        model, texts, out, read, base=base, device=device, device_map=device_map, documents=documents, per_token=per_token,
+        shard_documents=shard_documents, batch=batch, threads=threads,
+    )  # fmt: skip
+    if done is None:
+        return 0
+    result, cost = done
+    if json:
+        show_json({"run": str(out), "shards": result.shards, **cost, "summary": result.summary.to_dict("records")})
+        return 0
+    columns = ["kind", "layer", "branch", "tokens", "mean", "low", "high", "q05", "q50", "q95"]
+    show(
+        result.summary[columns].to_string(index=False, float_format="%.4g"),
+        f"{result.read} of {result.shards} shards read now by this process, {cost['cpu_seconds']:.1f} s of it, "
+        f"at most {cost['peak_bytes'] / 2**20:.0f} MB in memory; run folder: {out}",
+    )
+    return 0

@@ -158,6 +158,22 @@ def mean_interval(
     return Estimate(m, m - float(half), m + float(half), float(se[0]), totals.groups, level, len(values))
 
 
+def group_mean_interval(
+    means: Shaped[np.ndarray, " G"], sizes: Shaped[np.ndarray, " G"], *, level: float = LEVEL
+) -> Estimate:
+    """As `mean_interval`, from the mean and the number of rows of each group instead of the rows.
+
+    Raises: ValueError for non-finite values or fewer than 2 groups.
+    """
+    if len(means) < 2 or not np.isfinite(means).all():
+        raise ValueError(f"expected finite means of at least 2 groups, found {means}")
+    centre = float(sizes @ means / sizes.sum())
+    totals = _GroupTotals(np.array([centre]), ((means - centre) * sizes)[:, None], sizes.astype(np.float64))
+    se = float(totals.mean_and_se()[1][0])
+    half = float(stats.t.ppf((1 + level) / 2, totals.groups - 1)) * se
+    return Estimate(centre, centre - half, centre + half, se, totals.groups, level, int(sizes.sum()))
+
+
 def simultaneous_band(
     values: Shaped[np.ndarray, "n columns"],
     groups: Shaped[np.ndarray, " n"] | None = None,

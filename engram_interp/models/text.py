@@ -35,11 +35,15 @@ def windows(model: Decoder, text: str, *, limit: int = MAX_TOKENS) -> Iterator[W
         raise ValueError("expected a text with at least one token, found an empty text")
     if len(ids) > limit:
         raise ValueError(f"expected at most {limit} tokens, found {len(ids)}")
-    start = start_tokens(model)
-    size = model.context - len(start)
+    yield from windows_of_ids(ids, start_tokens(model), model.context)
+
+
+def windows_of_ids(ids: Sequence[int], start: Sequence[int], context: int) -> Iterator[Window]:
+    """As `windows`, for ids without the start token; none for no ids."""
+    size = context - len(start)
     overlap = min(64, size // 4)
     begin = 0
-    while begin == 0 or begin + overlap < len(ids):
+    while ids and (begin == 0 or begin + overlap < len(ids)):
         tokens = torch.tensor([[*start, *ids[begin : begin + size]]])
         yield Window(tokens, slice(len(start) + overlap if begin else 0, tokens.shape[1]))
         begin += size - overlap

@@ -48,6 +48,13 @@ class RunFolder:
         folder.mkdir(parents=True, exist_ok=True)
         _write_parquet(folder / f"{_checked(shard)}.parquet", frame)
 
+    def read_shard(self, table: str, shard: str) -> pd.DataFrame:
+        """One finished piece.
+
+        Raises: RunError when it is missing or damaged.
+        """
+        return _read_piece(self.path / "shards" / _checked(table) / f"{_checked(shard)}.parquet")
+
     def write_table(self, table: str, frame: pd.DataFrame) -> None:
         """Put a whole table in place and count its rows in the manifest."""
         folder = self.path / "tables"
@@ -78,8 +85,7 @@ class RunFolder:
 
         if missing := sorted(set(shards) - set(self.done_shards(table))):
             raise RunError(f"{self.path}: table {table!r} lacks {len(missing)} pieces, the first is {missing[0]!r}")
-        folder = self.path / "shards" / table
-        frame = pd.concat([_read_piece(folder / f"{shard}.parquet") for shard in shards], ignore_index=True)
+        frame = pd.concat([self.read_shard(table, shard) for shard in shards], ignore_index=True)
         self.write_table(table, frame)
         return frame
 

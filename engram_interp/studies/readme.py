@@ -26,7 +26,7 @@ with intervals. A study killed at any moment goes on where it was when started a
 FOOTER = """
 This file is written by `python -m experiments`, which also takes in the finished runs under `runs/studies`.
 """
-_NO_DATA = ("long_context", "offload")  # generated texts only
+_NO_DATA = ("corpus_scaling", "long_context", "offload")  # generated texts, or a token file
 _KEPT = ("study", "models", "texts_sha256", "seeds", "commit", "versions", "finished")
 
 

@@ -294,9 +294,10 @@ class BridgeDecoder(_Adapted):
             return self.bridge.run_with_cache(tokens, names_filter=names)  # type: ignore[attr-defined]
 
 
-def load_decoder(path: Path, *, name: str | None = None) -> HuggingFaceDecoder:
+def load_decoder(path: Path, *, name: str | None = None, device_map: str | None = None) -> HuggingFaceDecoder:
     """Open a Hugging Face model in float32: a local directory of safetensors, or one GGUF file (dequantised).
 
+    Args: device_map: as `load_host`.
     No network. Raises: AdapterError (a ValueError) when there is nothing that can be opened without unpickling, or
         tensors are missing, extra or misshaped.
     """
@@ -304,7 +305,7 @@ def load_decoder(path: Path, *, name: str | None = None) -> HuggingFaceDecoder:
 
     if not path.exists():
         raise AdapterError(f"expected a directory with a model or a GGUF file, found none at {path}")
-    model = load_host(path)
+    model = load_host(path, device_map=device_map)
     # The file itself where there is one, as adapters on this model read it: a wrapper may rebuild it by its class.
     tokenizer = load_host_tokenizer(path) if (path / TOKENIZER).is_file() else load_wrapped_tokenizer(path)
     return HuggingFaceDecoder(model, tokenizer, name or path.resolve().stem)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -78,17 +79,27 @@ class HostLayout:
         )
 
 
-def load_host(path: Path, kind: type | None = None) -> nn.Module:
+def load_host(path: Path, kind: type | None = None, device_map: str | None = None) -> nn.Module:
     """Load a causal language model in float32: a directory of safetensors, or one GGUF file (dequantised); no code of
     its own, strict.
 
-    Raises: AdapterError for anything transformers cannot load, or tensors missing, extra or misshaped.
+    Args: device_map: where the weights go, as transformers and accelerate understand it ("auto", "balanced", "cpu", "cuda:1");
+        None keeps them on the CPU.
+    Raises: AdapterError for anything transformers cannot load, tensors missing, extra or misshaped, or a device_map without the
+        package accelerate.
     """
     import transformers
 
-    directory, options = path, {"use_safetensors": True}
+    options: dict[str, object] = {"use_safetensors": True}
+    directory = path
     if path.suffix == ".gguf":
-        directory, options = path.parent, {"gguf_file": path.name}
+        directory, options = path.parent, dict[str, object](gguf_file=path.name)
+    if device_map is not None:
+        if find_spec("accelerate") is None:
+            raise AdapterError(
+                f"expected the package accelerate for device_map {device_map!r}, found none: pip install accelerate"
+            )
+        options["device_map"] = device_map
     _require_files(path)
     kind = kind or transformers.AutoModelForCausalLM
     try:
@@ -106,6 +117,10 @@ def load_host(path: Path, kind: type | None = None) -> nn.Module:
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(problem):
             raise AdapterError(f"{path}: {problem.replace('_', ' ')}: {sorted(map(str, report[problem]))[:3]}")
+    if away := [name for name, tensor in host.state_dict().items() if tensor.is_meta]:
+        raise AdapterError(
+            f"{path}: device_map {device_map!r} left {len(away)} tensors on disk, {away[0]} first; give more memory"
+        )
     return host.eval().requires_grad_(False)
 
 

@@ -74,16 +74,21 @@ def kind_of(path: Path) -> str:
 
 
 def open_model(
-    path: str | Path, *, base: str | Path | None = None, memory_only: bool | None = None
+    path: str | Path,
+    *,
+    base: str | Path | None = None,
+    memory_only: bool | None = None,
+    device_map: str | None = None,
 ) -> HouseModel | HookedMemory:
     """Open a bundled model by name, or any recognised directory or file.
 
     Args: base: the base model's directory or GGUF file, for an engram-peft adapter and nothing else. memory_only: of a
         qwen4_exp checkpoint, open the memories without the model; None does so when its files exceed
-        `WHOLE_MODEL_BYTES`.
+        `WHOLE_MODEL_BYTES` and no device_map is given. device_map: where transformers puts the weights of a qwen4_exp model.
     Raises: CheckpointError (AdapterError) with one message that says what was expected and what was found.
     """
     if str(path) in BUNDLED and base is None:
+        _refuse_device_map(path, "house", device_map)
         return load(path)
     path = Path(path)
     kind = kind_of(path)
@@ -91,34 +96,46 @@ def open_model(
         wanted = "the directory or GGUF file of the base model (--base)" if base is None else "no base model"
         raise AdapterError(f"{path}: a model of kind {kind} needs {wanted}, found {base}")
     if kind == "engram_peft":
+        _refuse_device_map(path, kind, device_map)
         return open_engram_peft(path, Path(base))  # type: ignore[arg-type]
-    if kind == "qwen4_exp" and (_is_large(path) if memory_only is None else memory_only):
+    large = device_map is None and _is_large(path)
+    if kind == "qwen4_exp" and (large if memory_only is None else memory_only):
         return open_qwen4_exp_memory(path)
+    if kind == "qwen4_exp":
+        return qwen4_exp.open_qwen4_exp(path, device_map)
+    _refuse_device_map(path, kind, device_map)
     opener = {
         "house": load_model,
         "deepseek_v41": deepseek_v41.open_deepseek_v41,
-        "qwen4_exp": qwen4_exp.open_qwen4_exp,
         "demo": open_demo,
         "gguf": open_gguf_memory,
     }[kind]
     return opener(path)
 
 
-def open_decoder(path: str | Path, base: str | Path | None = None) -> Decoder:
+def _refuse_device_map(path: str | Path, kind: str, device_map: str | None) -> None:
+    if device_map is not None:
+        raise AdapterError(
+            f"{path}: expected a Hugging Face model for device_map {device_map!r}, found one of kind {kind}"
+        )
+
+
+def open_decoder(path: str | Path, base: str | Path | None = None, *, device_map: str | None = None) -> Decoder:
     """Open a model that can be read layer by layer: as `open_model` with a backbone around the memories, or any Hugging
     Face causal language model, which has none.
 
-    Args: base: the base model's directory or GGUF file, for an engram-peft adapter and nothing else.
+    Args: base: the base model's directory or GGUF file, for an engram-peft adapter and nothing else; device_map: as `load_host`, for
+        models that transformers opens.
     Raises: AdapterError (a ValueError) as `open_model`, and when only the memories could be opened.
     """
     try:
-        model = open_model(path, base=base)
+        model = open_model(path, base=base, device_map=device_map)
     except NoMemoryError:
         if base is not None or not _transformers_knows(Path(path)):
             raise
         from engram_interp.models.adapters.bridge import load_decoder
 
-        return load_decoder(Path(path))
+        return load_decoder(Path(path), device_map=device_map)
     if not isinstance(model, Decoder):
         raise AdapterError(
             f"{path}: expected a model with its backbone (residuals and unembedding at every layer), found only the "

@@ -33,10 +33,11 @@ from engram_interp.shapes import Int64, Tensor
 MODEL_TYPES = ("qwen4_exp", "qwen4_exp_text")
 
 
-def open_qwen4_exp(directory: Path) -> Qwen4ExpModel:
+def open_qwen4_exp(directory: Path, device_map: str | None = None) -> Qwen4ExpModel:
     """Open a checkpoint directory, its table in one tensor or in shards, with transformers' `Qwen4ExpForCausalLM` in
     float32.
 
+    Args: device_map: as `load_host`; transformers keeps the table out of it, on the CPU.
     Raises: AdapterError for anything missing, extra, misshaped, damaged, or hash constants that the configuration
         contradicts.
     """
@@ -45,7 +46,7 @@ def open_qwen4_exp(directory: Path) -> Qwen4ExpModel:
     if read_json(directory / CONFIG).get("model_type") not in MODEL_TYPES:
         raise AdapterError(f"{directory / CONFIG}: expected model_type {' or '.join(MODEL_TYPES)}")
     tokenizer = load_tokenizer(directory)
-    host = load_host(directory, Qwen4ExpForCausalLM)
+    host = load_host(directory, Qwen4ExpForCausalLM, device_map)
     identity = ModelIdentity(
         directory.resolve().name, fingerprint(TensorFiles(directory).files), directory.name, "qwen4_exp"
     )
