@@ -3,7 +3,6 @@
 // Text enters the page as textContent and attributes only.
 const ROW = 16;
 const LEAST_CELL = 5;
-// `when` makes every choice a new one: the same place in another text is not the old choice.
 const SETTLE_MS = 90; // arrow keys held down send one selection, not one per repeat
 const strips = new WeakMap();
 
@@ -191,6 +190,7 @@ function select(strip, at, layer, focus) {
   paintGrid(strip);
   if (focus) boxOf(strip, at)?.focus({ preventScroll: false });
   clearTimeout(strip.timer);
+  // `when` makes every choice a new one: the same place in another text is not the old choice.
   strip.timer = setTimeout(() => strip.send({ token: at, layer: layer ?? -1, when: Date.now() }), SETTLE_MS);
 }
 
