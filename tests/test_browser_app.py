@@ -207,6 +207,13 @@ def test_two_tabs_have_their_own_results(tab):
     token_heading(second, 5)
     assert "".join(tokens_of(first)[1:]).replace("·", " ") == TEXT
     assert "".join(tokens_of(second)[1:]).replace("·", " ") == OTHER
+    first.get_by_role("textbox", name="Text").fill(OTHER)
+    first.get_by_role("textbox", name="Text").press("Control+Enter")
+    first.locator(f".token .text:text-is('{tokens_of(second)[-2]}')").wait_for()
+    first.locator(".token").nth(3).click()
+    token_heading(first, 3)
+    first.locator(".token").nth(2).click()  # chosen before, in another text
+    token_heading(first, 2)
 
 
 def test_strange_text_is_inert_and_readable(tab, pictures):

@@ -30,7 +30,7 @@ def gate_strip(
     layer: int,
     bars_show: str = "the gates of the branches",
 ) -> None:
-    """Show a strip; a click or a key puts `{"token": position, "layer": block or -1}` into
+    """Show a strip; a click or a key puts `{"token": position, "layer": block or -1, "when": milliseconds}` into
     `st.session_state[key].selected`.
 
     Args: title: before the legend; alt: one sentence that states the finding; caption: printed below a saved picture;

@@ -190,7 +190,8 @@ function select(strip, at, layer, focus) {
   paintGrid(strip);
   if (focus) boxOf(strip, at)?.focus({ preventScroll: false });
   clearTimeout(strip.timer);
-  strip.timer = setTimeout(() => strip.send({ token: at, layer: layer ?? -1 }), SETTLE_MS);
+  // `when` makes every choice a new one: the same place in another text is not the old choice.
+  strip.timer = setTimeout(() => strip.send({ token: at, layer: layer ?? -1, when: Date.now() }), SETTLE_MS);
 }
 
 function onKey(strip, event) {
