@@ -34,9 +34,12 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
     manager = KernelManager(kernel_name="python3")
     manager.kernel_cmd = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     folder = tmp_path_factory.mktemp("kernel")
-    manager.start_kernel(
-        cwd=str(folder), env=os.environ | {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(folder / "ipython")}
-    )
+    environment = {
+        "PYTHONPATH": str(ROOT),
+        "IPYTHONDIR": str(folder / "ipython"),
+        "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm asks for ipywidgets, which we do not need
+    }
+    manager.start_kernel(cwd=str(folder), env=os.environ | environment)
     yield manager
     manager.shutdown_kernel(now=True)
 
