@@ -2,7 +2,7 @@
 # Options: PYTHON=python3.12   PIP_ARGS="--index-url ..."   ARGS="-k gates" (make test)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check app bench study browser
+.PHONY: help install demo test check app notebooks bench study browser
 .DELETE_ON_ERROR:
 
 VENV := .venv
@@ -56,6 +56,13 @@ check: $(ALL) ## lint, format, types, import rules
 
 app: $(CORE) ## open the dashboard
 	@$(BIN)/engram-interp app
+
+notebooks: $(CORE) ## write the programs of probes/ as notebooks into runs/notebooks (start with tour.ipynb)
+	$(PIP) -e '.[notebooks]'
+	@mkdir -p runs/notebooks
+	@for program in probes/[a-z]*.py; do \
+		$(BIN)/jupytext --quiet --to ipynb --output runs/notebooks/$$(basename "$$program" .py).ipynb "$$program" || exit 1; \
+	done; echo "runs/notebooks: $$(ls runs/notebooks | tr '\n' ' ')"
 
 study: $(CORE) ## run or continue a study: make study NAME=allocation (ARGS="--smoke" for seconds instead of hours)
 	@test -n "$(NAME)" || { echo "name a study of experiments/: make study NAME=allocation" >&2; exit 1; }

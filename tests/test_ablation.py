@@ -59,6 +59,14 @@ def test_every_kind_changes_the_output_alike_in_any_batch_and_goes_away(kind, ti
     assert torch.equal(tiny_engram(tokens), before)
 
 
+@pytest.mark.parametrize("kind", ["equal_norm_random", "resample", "hash_permute"])
+def test_the_seed_decides_what_a_random_kind_puts_in(kind, tiny_engram, tokens, statistics):
+    fitted = {"statistics": statistics} if kind == "resample" else {}
+    first, again, other = (run(tiny_engram, tokens, kind, seed=seed, **fitted) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert (first - other).abs().amax() > 1e-4
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_positions_and_blocks_limit_every_kind(kind, tiny_engram, tokens, statistics):
     arguments = OPTIONS.get(kind, {}) | {"statistics": statistics}

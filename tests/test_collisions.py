@@ -250,3 +250,12 @@ def test_a_model_without_memory_is_refused(
         slot_collisions(tiny_engram, texts, block=2)
     with pytest.raises(ValueError, match="at least one token"):
         slot_collisions(tiny_engram, [""])
+
+
+def test_colliding_is_what_the_load_says(tiny_engram, texts):
+    for head in slot_collisions(tiny_engram, texts[:2]).heads:
+        ngrams = np.arange(len(head.load)) * head.load
+        assert head.load[2] > 0
+        assert head.ngrams == ngrams.sum()
+        assert head.colliding == ngrams[2:].sum()
+        assert head.occupied == head.load[1:].sum()

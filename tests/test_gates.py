@@ -42,6 +42,17 @@ def test_a_long_text_is_read_in_windows_that_agree_with_their_own_forward(tiny_e
     np.testing.assert_array_equal(reading.gates[tiny_engram.context :][: len(expected), 0], expected)
 
 
+def test_every_window_of_a_text_adds_tokens_and_none_twice(tiny_engram):
+    for words in range(1, 2 * tiny_engram.context):
+        text = " the" * words
+        kept = [w.tokens[0, w.keep].tolist() for w in windows(tiny_engram, text)]
+        assert all(kept), f"a window of {words} words adds nothing"
+        assert [token for part in kept for token in part] == [
+            0,
+            *tiny_engram.tokenizer.encode(text, add_special_tokens=False).ids,
+        ]
+
+
 def test_table_and_json_hold_every_gate(tiny_engram, texts, tmp_path):
     reading = read_gates(tiny_engram, texts[0])
     table = reading.table()

@@ -17,6 +17,7 @@ from engram_interp.memory import CompressedVocabulary
 from engram_interp.models.cache import EngramCache
 from engram_interp.models.config import EngramConfig, ModelConfig
 from engram_interp.models.house import HouseModel, initialise
+from engram_interp.models.streams import StreamConnection
 
 VOCAB, PAD = 60, 2
 
@@ -317,6 +318,15 @@ def test_stream_mixing_is_doubly_stochastic(streams: int) -> None:
             expected = torch.einsum("mn,btnd->btmd", mix, hidden) + out.unsqueeze(2) * connection.post()[:, None]
             torch.testing.assert_close(written, expected)
             torch.testing.assert_close(connection.read(hidden), torch.einsum("m,btmd->btd", connection.pre(), hidden))
+
+
+def test_streams_are_mixed_by_cyclic_shifts() -> None:
+    """Weight s of three moves stream n to stream n + s; two streams could not tell this from n - s."""
+    connection = StreamConnection(3, sublayer=0)
+    with torch.no_grad():
+        connection.mix_logits.copy_(torch.tensor([0.1, 0.2, 0.7]).log())
+    expected = torch.tensor([[0.1, 0.7, 0.2], [0.2, 0.1, 0.7], [0.7, 0.2, 0.1]])
+    torch.testing.assert_close(connection.mix(), expected)
 
 
 @pytest.mark.parametrize("streams", [1, 2, 4])

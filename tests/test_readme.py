@@ -14,15 +14,38 @@ def _blocks(kind):
     return [body for found, body in every if found == kind]
 
 
-def test_every_path_of_the_tree_exists():
+def _tree():
+    """The paths of "Where things are"; a folder's contents are indented below it, folders end in a slash."""
     tree = next(block for block in _blocks("") if block.startswith("engram_interp/"))
-    parent = Path()
+    paths, parent = [], ""
     for line in tree.splitlines():
-        name = line.split()[0]
-        path = (parent if line.startswith("  ") else Path()) / name
-        assert (ROOT / path).exists(), path
-        if not line.startswith("  "):
-            parent = Path(name)
+        name, _, says = line.strip().partition(" ")
+        assert says.strip(), f"{name} has no description"
+        if not line.startswith(" "):
+            parent = name
+        paths.append(parent + name if line.startswith(" ") else name)
+    return paths
+
+
+def _on_disk(folder):
+    """Folders (with a slash) and modules in a folder of the repository, without what git ignores."""
+    lines = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    ignored = {line.strip("/") for line in lines if not (folder and line.startswith("/"))}
+    for path in sorted((ROOT / folder).iterdir()):
+        if path.name.startswith((".", "__")) or path.name in ignored or path.suffix == ".egg-info":
+            continue
+        if path.is_dir() and any(file.is_file() and file.suffix != ".pyc" for file in path.rglob("*")):
+            yield f"{folder}{path.name}/"
+        elif path.suffix == ".py":
+            yield f"{folder}{path.name}"
+
+
+def test_the_tree_is_the_disk():
+    listed = _tree()
+    assert len(set(listed)) == len(listed)
+    levels = ["", *{f"{path.partition('/')[0]}/" for path in listed if path.count("/") + (path[-1] != "/") > 1}]
+    assert "engram_interp/" in levels
+    assert sorted(listed) == sorted(path for level in levels for path in _on_disk(level))
 
 
 def test_every_python_block_runs():
@@ -38,3 +61,12 @@ def test_every_command_exists():
     known = set(cli.app._subcommands) | {"memory", "runs"}
     for command in re.findall(r"engram-interp ([a-z]+)", README):
         assert command in known, command
+
+
+def test_every_make_target_exists():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    every = "".join(
+        (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md", "probes/tour.py")
+    )
+    for target in set(re.findall(r"\bmake ([a-z]+)(?=[ `\n])", every.replace("and `make`", ""))):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
