@@ -11,14 +11,12 @@ and one exit path `logits = unembed(norm(mean over streams))`, which the model a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import cast
 
 import torch
 from tokenizers import Tokenizer
 from torch import nn
-from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 
 from engram_interp.memory import (
@@ -31,15 +29,16 @@ from engram_interp.memory import (
     pcg64_multipliers,
 )
 from engram_interp.models.block import Block, BlockState, DecodeState, RMSNorm
-from engram_interp.models.cache import EngramCache, matching_hooks
+from engram_interp.models.cache import EngramCache
 from engram_interp.models.config import ModelConfig
+from engram_interp.models.hooked_root import LockedHooks
 from engram_interp.models.lock import ModelLock
 from engram_interp.models.protocol import ModelIdentity, NamesFilter
 from engram_interp.models.text import show_tokens
 from engram_interp.shapes import Float, Int64, Tensor
 
 
-class HouseModel(HookedRootModule):
+class HouseModel(LockedHooks):
     """The house transformer.
 
     `model(tokens)` gives logits [B, T, V]. `model.lock` is held by every forward and by whatever attaches hooks, so
@@ -256,22 +255,6 @@ class HouseModel(HookedRootModule):
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
-    def add_hook(self, name: str | Callable[[str], bool], *args: object, **kwargs: object) -> None:
-        """As TransformerLens, but a name that matches no hook point raises a KeyError that lists near matches."""
-        if isinstance(name, str):
-            matching_hooks(self.hook_dict, name)
-        super().add_hook(name, *args, **kwargs)  # type: ignore[arg-type]
-
-    @contextmanager
-    def hooks(self, *args: object, **kwargs: object) -> Iterator[HouseModel]:
-        """As TransformerLens, holding the model's lock; names are checked before any hook is attached."""
-        for key in ("fwd_hooks", "bwd_hooks"):
-            for name, _ in kwargs.get(key, ()):  # type: ignore[union-attr]
-                if isinstance(name, str):
-                    matching_hooks(self.hook_dict, name)
-        with self.lock, super().hooks(*args, **kwargs) as model:  # type: ignore[arg-type]
-            yield model
-
     def run_with_cache(  # type: ignore[override]
         self, tokens: Int64[Tensor, "B T"], names_filter: NamesFilter = None, *, clone: bool = True
     ) -> tuple[Float[Tensor, "B T V"], EngramCache]:
@@ -282,15 +265,8 @@ class HouseModel(HookedRootModule):
             it.
         Raises: KeyError with near matches when a name matches no hook point.
         """
-        records: dict[str, Tensor] = {}
-
-        def save(value: Tensor, hook: HookPoint) -> None:
-            records[hook.name] = value.detach().clone() if clone else value.detach()  # type: ignore[index]
-
-        names = matching_hooks(self.hook_dict, names_filter)
-        with self.hooks(fwd_hooks=[(name, save) for name in names]):
-            logits = self(tokens)
-        return logits, EngramCache(records, self)
+        logits, records = self._recorded((tokens,), names_filter, clone)
+        return logits, EngramCache(records, self)  # type: ignore[return-value]
 
 
 def hashed_vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> CompressedVocabulary:
