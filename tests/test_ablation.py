@@ -12,16 +12,7 @@ import torch
 
 from engram_interp.hooks import KINDS, AblationError, ablate, collect_memory_statistics, controls, fit_optimal_constants
 from engram_interp.hooks.row_kinds import quantise_rows
-
-OPTIONS = {
-    "gate_scale": {"scale": 0.5},
-    "keep_order": {"order": 2},
-    "heads": {"heads": [0, 2]},
-    "slots": {"slots": [1, 5]},
-    "quantise": {"bits": 2},
-    "prune_rows": {"fraction": 0.5},
-    "branches": {"branches": [1]},
-}
+from tests.ablation_options import OPTIONS
 
 
 @pytest.fixture(scope="module")

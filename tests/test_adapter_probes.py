@@ -21,17 +21,8 @@ from engram_interp.probes.lens_comparison import compare_lens
 from engram_interp.probes.memory_table import lookup, neighbours, read_slot
 from engram_interp.probes.patching import patch_memory
 from engram_interp.probes.similarity import cka_heatmap
+from tests.ablation_options import OPTIONS
 from tests.foreign_checkpoints import PEFT_SHAPES, qwen_host, write_adapter, write_base
-
-OPTIONS = {
-    "gate_scale": {"scale": 0.5},
-    "keep_order": {"order": 2},
-    "heads": {"heads": [0, 2]},
-    "slots": {"slots": [1, 5]},
-    "quantise": {"bits": 2},
-    "prune_rows": {"fraction": 0.5},
-    "branches": {"branches": [1]},
-}
 
 
 @pytest.fixture(scope="module")

@@ -123,7 +123,7 @@ def alignment_claim(
     """
     if not evidence or not 0 <= layer < len(evidence[0].depth):
         raise ValueError(f"expected a layer in [0, {len(evidence[0].depth) if evidence else 0}), found {layer}")
-    refusal = _refusal(evidence, layer, engram, baseline, unrelated, level)
+    refusal = _refusal(evidence, layer, baseline, unrelated, level)
     if refusal:
         return Claim(layer, "none", False, f"No claim for {engram} layer {layer}: {refusal}.")
     first, depths = evidence[0], [e.depth[layer] for e in evidence]
@@ -139,9 +139,7 @@ def alignment_claim(
     return Claim(layer, "deeper" if first.beyond_null.shift[layer] > 0 else "shallower", True, sentence)
 
 
-def _refusal(
-    evidence: Sequence[SeedPairEvidence], layer: int, engram: str, baseline: str, unrelated: float, level: float
-) -> str:
+def _refusal(evidence: Sequence[SeedPairEvidence], layer: int, baseline: str, unrelated: float, level: float) -> str:
     """Why nothing may be claimed; "" when something may."""
     first = evidence[0]
     if first.best[layer] <= unrelated:

@@ -22,7 +22,6 @@ import torch
 from engram_interp.memory.compress import CompressedVocabulary
 from engram_interp.shapes import Int64, Tensor
 
-MultiplierRule = Literal["pcg64", "splitmix64"]
 BoundaryRule = Literal["none", "reset"]
 WindowRule = Literal["aligned", "engram_peft_1_2"]
 

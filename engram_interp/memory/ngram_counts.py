@@ -39,6 +39,11 @@ class NgramTable:
         """Some of the n-grams."""
         return NgramTable(self.order, self.ids[rows], self.mix[rows], self.count[rows])
 
+    def count_of(self, mix: Int64[np.ndarray, " q"]) -> Int64[np.ndarray, " q"]:
+        """Occurrences of the n-gram with each mix, 0 if absent; for a table sorted by mix and not empty, as `merge` leaves it."""
+        at = np.searchsorted(self.mix, mix).clip(max=len(self) - 1)
+        return np.where(self.mix[at] == mix, self.count[at], 0)
+
 
 @runtime_checkable
 class NgramCounts(Protocol):

@@ -100,12 +100,6 @@ class CollisionResult:
         frame.insert(6, "share", frame["colliding"] / frame["ngrams"])
         return frame
 
-    def sharing_table(self) -> pd.DataFrame:
-        """One row per n-gram of the first texts."""
-        import pandas as pd
-
-        return pd.DataFrame([asdict(row) for row in self.sharing])
-
     def load_table(self) -> pd.DataFrame:
         """One row per head and load: slots observed and expected."""
         import pandas as pd

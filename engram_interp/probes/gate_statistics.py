@@ -12,22 +12,22 @@ Texts, not tokens, are the units of every interval. Misleads: a gate that prefer
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 
-from engram_interp.gallery import GallerySentence, entity_final_positions
+from engram_interp.gallery import GallerySentence
 from engram_interp.measure.statistics import Estimate, mean_interval, not_estimable
-from engram_interp.memory.engram import rms_normalise
+from engram_interp.memory.ngram_counts import NgramTable, count_ngrams
 from engram_interp.models.protocol import MemoryModel
 from engram_interp.models.text import show_tokens, start_tokens, windows
 from engram_interp.probes.gates import _provenance, _require_memory
+from engram_interp.probes.strata import as_text, count_bins, span_final
+from engram_interp.probes.write_split import SplitSums, WriteSplit, tap_energy
 from engram_interp.runs import Provenance
 
 if TYPE_CHECKING:
@@ -52,21 +52,6 @@ class GateSummary:
     difference: dict[str, Estimate]
     by_count: dict[str, Estimate]
     loss_correlation: Estimate
-
-
-@dataclass(frozen=True)
-class WriteSplit:
-    """How the write Y = u + c of one layer divides: squared norms of the gated value u and the convolution c, their cosine,
-
-    and the share of each tap (source token t - tap * dilation) in the convolution's input energy, current token first.
-    """
-
-    layer: int
-    gated_norm2: float
-    conv_norm2: float
-    cosine: float
-    tap_offsets: tuple[int, ...]
-    tap_shares: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -176,14 +161,13 @@ def record_gates(
     counts = _count_ngrams(model, layers[0], reference) if reference is not None else None
     branches = model.engram(layers[0]).options.branches  # type: ignore[attr-defined]
     tally = _Tally(np.zeros((len(layers), branches, BINS), dtype=np.int64))
-    splits = [_SplitSums() for _ in layers]
+    splits = [SplitSums() for _ in layers]
     for index, item in enumerate(_progress(texts, progress)):
-        text = item.text if isinstance(item, GallerySentence) else item
-        reading = _read(model, text, layers)
-        _add(tally, reading, index, text, item, model, counts, top)
+        reading = _read(model, as_text(item), layers)
+        _add(tally, reading, index, item, model, counts, top)
         for sums, parts in zip(splits, reading.splits, strict=True):
             sums.add(*parts)
-    plain = [t.text if isinstance(t, GallerySentence) else t for t in texts]
+    plain = [as_text(item) for item in texts]
     return GateStatistics(
         summaries=tuple(_summary(tally, layers, e, m) for e in range(len(layers)) for m in range(branches)),
         splits=tuple(s.finish(layer, model) for s, layer in zip(splits, layers, strict=True)),
@@ -247,71 +231,19 @@ def _window_reading(model, tokens, keep: slice, layers: tuple[int, ...], logits,
         gated = cache[f"blocks.{i}.engram.hook_gated_value"][0].float()
         name = f"blocks.{i}.engram.hook_conv_out"
         conv = cache[name][0, keep].float() if name in cache.cache_dict else torch.zeros_like(gated[keep])
-        splits.append((gated[keep], conv, _tap_energy(model.engram(i), gated)[keep]))
+        splits.append((gated[keep], conv, tap_energy(model.engram(i), gated)[keep]))
     return _Reading(tokens[0, keep].numpy(), gates, loss, mixes, splits)
 
 
-def _tap_energy(engram, gated) -> torch.Tensor:  # noqa: ANN001
-    """Squared norm of what each tap adds to the convolution's input, [T, kernel], current token first."""
-    kernel = engram.options.conv_kernel
-    if not kernel:
-        return gated.new_zeros(len(gated), 1)
-    normed = rms_normalise(gated, engram.conv_norm, engram.options.conv_eps)
-    history = torch.nn.functional.pad(normed, (0, 0, 0, 0, engram.conv_history, 0))
-    taps = [
-        (history[j * engram.dilation : j * engram.dilation + len(gated)] * engram.conv[..., j]).square().sum((1, 2))
-        for j in reversed(range(kernel))
-    ]
-    return torch.stack(taps, dim=1)
-
-
-@dataclass
-class _SplitSums:
-    gated: float = 0.0
-    conv: float = 0.0
-    dot: float = 0.0
-    taps: np.ndarray | None = None
-    tokens: int = 0
-
-    def add(self, gated: torch.Tensor, conv: torch.Tensor, taps: torch.Tensor) -> None:
-        self.gated += float(gated.square().sum())
-        self.conv += float(conv.square().sum())
-        self.dot += float((gated * conv).sum())
-        energy = taps.sum(0).double().numpy()
-        self.taps = energy if self.taps is None else self.taps + energy
-        self.tokens += len(gated)
-
-    def finish(self, layer: int, model: MemoryModel) -> WriteSplit:
-        engram = model.engram(layer)
-        kernel = engram.options.conv_kernel  # type: ignore[attr-defined]
-        assert self.taps is not None
-        total = self.taps.sum()
-        shares = self.taps / total if total > 0 else np.zeros_like(self.taps)
-        norms = np.sqrt(self.gated * self.conv)
-        return WriteSplit(
-            layer,
-            self.gated / self.tokens,
-            self.conv / self.tokens,
-            float(self.dot / norms) if norms > 0 else 0.0,
-            tuple(j * engram.dilation for j in range(kernel)),  # type: ignore[attr-defined]
-            tuple(map(float, shares[:kernel])),
-        )
-
-
-def _strata(item: str | GallerySentence, model: MemoryModel, length: int) -> dict[str, Bool[np.ndarray, " T"]]:
-    if not isinstance(item, GallerySentence):
-        return {}
-    offsets = model.tokenizer.encode(item.text, add_special_tokens=False).offsets
-    strata = {}
-    for name, kind in (("entity-final", "entity"), ("phrase-final", "phrase")):
-        mask = np.zeros(length, dtype=bool)
-        mask[entity_final_positions(item, offsets, kind)] = True
-        strata[name] = mask
-    strata["rest"] = ~np.logical_or.reduce(list(strata.values()))
-    return strata
-
-
-def _add(tally, reading: _Reading, index: int, text: str, item, model: MemoryModel, counts, top: int) -> None:  # noqa: ANN001
+def _add(
+    tally: _Tally,
+    reading: _Reading,
+    index: int,
+    item: str | GallerySentence,
+    model: MemoryModel,
+    counts: NgramTable | None,
+    top: int,
+) -> None:
     gates = reading.gates
     tally.tokens += len(gates)
     tally.texts += 1
@@ -320,26 +252,15 @@ def _add(tally, reading: _Reading, index: int, text: str, item, model: MemoryMod
         for m in range(gates.shape[2]):
             tally.histogram[e, m] += np.bincount(bins[:, e, m], minlength=BINS)
     tally.add_stratum("all", gates, np.ones(len(gates), dtype=bool))
-    for name, mask in _strata(item, model, len(gates)).items():
-        tally.add_stratum(name, gates, mask)
+    if isinstance(item, GallerySentence):
+        entity, phrase = (span_final(model.tokenizer, item, kind) for kind in ("entity", "phrase"))
+        for name, mask in (("entity-final", entity), ("phrase-final", phrase), ("rest", ~(entity | phrase))):
+            tally.add_stratum(name, gates, mask)
     if counts is not None:
-        found = counts.of(reading.mixes)
-        for low, high, label in _count_bins():
-            tally.add_stratum(f"count {label}", gates, (found >= low) & (found < high))
+        for label, mask in count_bins(counts.count_of(reading.mixes), COUNT_EDGES).items():
+            tally.add_stratum(f"count {label}", gates, mask)
     tally.correlations.append(_correlation(gates, reading.loss))
     _keep_strongest(tally, reading, index, model, top)
-
-
-def _count_bins() -> list[tuple[float, float, str]]:
-    """First count, first count beyond, label."""
-    edges = [*map(float, COUNT_EDGES), math.inf]
-    return [(low, high, _count_label(low, high)) for low, high in pairwise(edges)]
-
-
-def _count_label(low: float, high: float) -> str:
-    if high == math.inf:
-        return f"{low:.0f}+"
-    return f"{low:.0f}" if high == low + 1 else f"{low:.0f}-{high - 1:.0f}"
 
 
 def _correlation(gates: np.ndarray, loss: np.ndarray) -> np.ndarray:
@@ -399,25 +320,9 @@ def _mean(values: Float[np.ndarray, " texts"]) -> Estimate:
     return mean_interval(known)
 
 
-@dataclass(frozen=True, eq=False)
-class _NgramCounts:
-    """How often each n-gram of the longest order occurs, keyed by its 63-bit mix."""
-
-    keys: Int64[np.ndarray, " n"]
-    counts: Int64[np.ndarray, " n"]
-
-    def of(self, mixes: Int64[np.ndarray, " T"]) -> Int64[np.ndarray, " T"]:
-        """Count of each mix, 0 when unseen."""
-        if not len(self.keys):
-            return np.zeros(len(mixes), dtype=np.int64)
-        at = np.searchsorted(self.keys, mixes).clip(max=len(self.keys) - 1)
-        return np.where(self.keys[at] == mixes, self.counts[at], 0)
-
-
-def _count_ngrams(model: MemoryModel, layer: int, reference: Iterable[str]) -> _NgramCounts:
+def _count_ngrams(model: MemoryModel, layer: int, reference: Iterable[str]) -> NgramTable:
+    """The n-grams of the longest order, which lie in the last table."""
     ngram_hash = model.engram(layer).ngram_hash  # type: ignore[attr-defined]
-    mixes = []
-    for text in reference:
-        ids = [*start_tokens(model), *model.tokenizer.encode(text, add_special_tokens=False).ids]
-        mixes.append(ngram_hash.mix(ngram_hash.compress(torch.tensor([ids])))[0, :, -1].numpy())
-    return _NgramCounts(*np.unique(np.concatenate(mixes or [np.zeros(0, dtype=np.int64)]), return_counts=True))
+    start = start_tokens(model)
+    ids = (np.array([*start, *model.tokenizer.encode(t, add_special_tokens=False).ids]) for t in reference)
+    return count_ngrams(ngram_hash, ids).tables[-1]

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Bool, Int64
@@ -86,14 +87,16 @@ class NgramCounts:
 
     def bins(self, tokens: Int64[np.ndarray, " T"]) -> dict[str, Bool[np.ndarray, " T"]]:
         """One mask per frequency bin, named like `2-gram 10-99`."""
-        counts = self.ending_at(tokens)
-        masks = {}
-        for low, high in zip(FREQUENCY_EDGES, (*FREQUENCY_EDGES[1:], None), strict=True):
-            name = f"{low}+" if high is None else (str(low) if high - low == 1 else f"{low}-{high - 1}")
-            masks[f"{self.order}-gram {name}"] = (counts >= low) & (
-                counts < high if high is not None else counts >= low
-            )
-        return masks
+        masks = count_bins(self.ending_at(tokens), FREQUENCY_EDGES)
+        return {f"{self.order}-gram {label}": mask for label, mask in masks.items()}
+
+
+def count_bins(counts: Int64[np.ndarray, " T"], edges: Sequence[int]) -> dict[str, Bool[np.ndarray, " T"]]:
+    """One mask per bin of counts, which begins at an edge and ends before the next, named like `0`, `1-9`, `10+`."""
+    masks = {}
+    for low, high in pairwise(edges):
+        masks[str(low) if high - low == 1 else f"{low}-{high - 1}"] = (counts >= low) & (counts < high)
+    return masks | {f"{edges[-1]}+": counts >= edges[-1]}
 
 
 def text_strata(

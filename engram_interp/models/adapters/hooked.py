@@ -8,17 +8,16 @@ Misleads: hidden states must come from the model itself; gates for made-up state
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from tokenizers import Tokenizer
 from torch import nn
-from transformer_lens import ActivationCache, HookedRootModule
+from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
 
 from engram_interp.memory import CompressedVocabulary, Engram
-from engram_interp.models.cache import matching_hooks
+from engram_interp.models.hooked_root import LockedHooks
 from engram_interp.models.lock import ModelLock
 from engram_interp.models.protocol import ModelIdentity, NamesFilter
 from engram_interp.models.site import EngramSite
@@ -39,7 +38,7 @@ class HookedBlock(nn.Module):
         self.hook_resid_post = HookPoint()
 
 
-class HookedMemory(HookedRootModule):
+class HookedMemory(LockedHooks):
     """Hook points, lock and recording of an adapter; `sites` in ascending order of block."""
 
     def __init__(self, sites: Sequence[EngramSite], tokenizer: Tokenizer | None, identity: ModelIdentity) -> None:
@@ -88,36 +87,6 @@ class HookedMemory(HookedRootModule):
             raise ValueError("this memory was opened without a tokenizer; put its tokenizer.json beside it")
         return self.tokenizer
 
-    def add_hook(self, name: str | Callable[[str], bool], *args: object, **kwargs: object) -> None:
-        """As TransformerLens, but a name that matches no hook point raises a KeyError that lists near matches."""
-        if isinstance(name, str):
-            matching_hooks(self.hook_dict, name)
-        super().add_hook(name, *args, **kwargs)  # type: ignore[arg-type]
-
-    @contextmanager
-    def hooks(self, *args: object, **kwargs: object) -> Iterator[HookedMemory]:
-        """As TransformerLens, holding the model's lock; names are checked before any hook is attached."""
-        for key in ("fwd_hooks", "bwd_hooks"):
-            for name, _ in kwargs.get(key, ()):  # type: ignore[union-attr]
-                if isinstance(name, str):
-                    matching_hooks(self.hook_dict, name)
-        with self.lock, super().hooks(*args, **kwargs) as model:  # type: ignore[arg-type]
-            yield model
-
-    def _recorded(
-        self, inputs: Sequence[object], names_filter: NamesFilter, clone: bool
-    ) -> tuple[object, ActivationCache]:
-        """The forward's result and the recorded activations; see `HouseModel.run_with_cache`."""
-        records: dict[str, Tensor] = {}
-
-        def save(value: Tensor, hook: HookPoint) -> None:
-            records[hook.name] = value.detach().clone() if clone else value.detach()  # type: ignore[index]
-
-        names = matching_hooks(self.hook_dict, names_filter)
-        with self.hooks(fwd_hooks=[(name, save) for name in names]):
-            out = self(*inputs)
-        return out, ActivationCache(records, self)
-
 
 class StandaloneMemory(HookedMemory):
     """The memories of a model whose other layers are not here; `head` opens its unembedding when it is asked for."""
@@ -158,7 +127,8 @@ class StandaloneMemory(HookedMemory):
 
         Raises: KeyError for a filter that matches no hook point.
         """
-        return self._recorded((tokens, hidden), names_filter, clone)  # type: ignore[return-value]
+        out, records = self._recorded((tokens, hidden), names_filter, clone)
+        return out, ActivationCache(records, self)  # type: ignore[return-value]
 
     def unembed(self, hidden: Float[Tensor, "n D"]) -> Float[Tensor, "n V"]:
         """Logits of vectors taken as ready for the head, whose rows are read from the checkpoint.

@@ -270,7 +270,8 @@ class HostedModel(HookedMemory):
 
         Raises: KeyError with near matches when a name matches no hook point.
         """
-        return self._recorded((tokens,), names_filter, clone)  # type: ignore[return-value]
+        logits, records = self._recorded((tokens,), names_filter, clone)
+        return logits, ActivationCache(records, self)  # type: ignore[return-value]
 
     @torch.no_grad()
     def residuals(self, tokens: Int64[Tensor, "B T"]) -> list[Float[Tensor, "B T M D"]]:
