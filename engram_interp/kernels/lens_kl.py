@@ -190,7 +190,9 @@ class _Engine:
         """KL and cross-entropy in float64, top-1 (-1 where the path gives none) as [L, N], and the final top-1."""
         read = self.read(final)
         base = self.final(read)
-        truth, has_truth = self.head[targets.clamp_min(0)], targets >= 0
+        truth, has_truth = self.head[targets.clamp_min(0)].double(), targets >= 0
+        assert base.mean is not None
+        mean = base.mean.double()
         kl = torch.zeros(sites.shape[:2], dtype=torch.float64, device=sites.device)
         cross_entropy, top1 = torch.full_like(kl, math.nan), torch.full_like(kl, -1, dtype=torch.int64)
         for i, raw in enumerate(sites):
@@ -198,16 +200,16 @@ class _Engine:
             hidden = read if same else self.read(raw)
             here = base if same else self.site(hidden)
             if not same:
-                kl[i] = self._divergence(read, hidden, base, here.log_z)
-            loss = here.log_z - torch.linalg.vecdot(hidden.double(), truth.double())
+                kl[i] = self._divergence(read, hidden, base, mean, here.log_z)
+            loss = here.log_z - torch.linalg.vecdot(hidden.double(), truth)
             cross_entropy[i] = torch.where(has_truth, loss, math.nan)
             if here.top1 is not None:
                 top1[i] = here.top1
         return kl, cross_entropy, top1, torch.full_like(targets, -1) if base.top1 is None else base.top1
 
-    def _divergence(self, final: Tensor, hidden: Tensor, base: Partition, log_z: Tensor) -> Tensor:
+    def _divergence(self, final: Tensor, hidden: Tensor, base: Partition, mean: Tensor, log_z: Tensor) -> Tensor:
         assert base.mean is not None
-        kl = torch.linalg.vecdot((final - hidden).double(), base.mean.double()) - base.log_z + log_z
+        kl = torch.linalg.vecdot((final - hidden).double(), mean) - base.log_z + log_z
         rows = torch.nonzero(kl < SMALL).squeeze(1)
         if self.delta is not None and len(rows):
             part = Partition(base.log_z[rows], base.mean[rows])

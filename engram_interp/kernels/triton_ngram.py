@@ -60,7 +60,7 @@ def triton_gather(
     if (ngram_hash.window_rule, ngram_hash.boundary) != ("aligned", "none"):
         raise ValueError(
             f"expected window rule 'aligned' and boundary 'none', found {ngram_hash.window_rule!r} and "
-            f"{ngram_hash.boundary!r}: take engram_interp.kernels.ngram"
+            f"{ngram_hash.boundary!r}: take NgramHash and the table's own read"
         )
     compressed = ngram_hash.compress(tokens).contiguous()
     texts, length = compressed.shape

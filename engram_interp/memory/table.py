@@ -39,13 +39,18 @@ class MultiHeadTable(nn.Module):
 
 
 @torch.no_grad()
-def gather_rows(table: Float[Tensor, "rows head"], rows: Int64[Tensor, "*any"]) -> Float[Tensor, "*any head"]:
+def gather_rows(
+    table: Float[Tensor, "rows head"], rows: Int64[Tensor, "*any"], out: Float[Tensor, "*any head"] | None = None
+) -> Float[Tensor, "*any head"]:
     """`table[rows]` on a CPU, without a gradient.
 
+    Args: out: an earlier result of the same shape to overwrite; a fresh one costs as much again in page faults.
     Raises: IndexError for a row that the table has not.
     """
     flat, width = rows.flatten(), table.shape[1] * table.element_size()
-    out = _aligned(len(flat) * width).view(table.dtype).view(len(flat), table.shape[1])
+    if out is None:
+        out = _aligned(len(flat) * width).view(table.dtype)
+    out = out.view(len(flat), table.shape[1])
     if width > _NARROW or not len(flat):
         torch.index_select(table, 0, flat, out=out)
         return out.view(*rows.shape, table.shape[1])
