@@ -7,6 +7,7 @@ address bar is looked up among these and never used as a path. Results are froze
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from pathlib import Path
 
@@ -81,7 +82,21 @@ def model(name: str) -> Decoder | MemoryModel:
 def _open(directory: str) -> Decoder | MemoryModel:
     from engram_interp.models.adapters.opening import open_model
 
+    _set_libraries_apart()
     return open_model(Path(directory))
+
+
+@st.cache_resource(show_spinner=False)
+def _set_libraries_apart() -> None:
+    """Keep the imported libraries out of the garbage collection that Streamlit makes after every run of a script, and
+    so after every click and twice a second for every job that is watched. Before a model is opened: it can be released.
+    """
+    import pandas  # noqa: F401
+    import plotly.graph_objects  # noqa: F401
+    import scipy.stats  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 def config(name: str) -> ModelConfig | None:
