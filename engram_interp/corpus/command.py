@@ -24,7 +24,7 @@ def run_corpus(
     device: str = "cpu",
     device_map: str | None = None,
     **options: Any,
-) -> tuple[CorpusResult, dict[str, float]] | None:
+) -> tuple[CorpusResult, dict[str, float | int]] | None:
     """The result and what reading cost this process (CPU seconds, the most memory it held); None in all but the first process.
 
     Args: read: empty for the gates of a model that has a memory, and the lens; options: fields of `CorpusOptions`;
