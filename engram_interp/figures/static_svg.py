@@ -16,14 +16,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engram_interp.figures.style import OKABE_ITO, colour_at, ink
-from engram_interp.figures.svg_axes import FONT, Frame, legend, make_axis, make_frame, text
+from engram_interp.figures.svg_axes import FONT, Frame, legend, make_axis, make_frame, text, text_width
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 _KNOWN = ("scatter", "bar", "heatmap")
 _DASH = {"dash": "7 4", "dot": "2 3", "dashdot": "7 3 2 3", "longdash": "11 4", "longdashdot": "11 3 2 3"}
-_SYMBOLS = {0: "circle", 1: "square", 2: "diamond", 3: "cross", 4: "x", 5: "triangle-up", 17: "star"}  # Plotly's numbers
+_SYMBOLS = {
+    0: "circle",
+    1: "square",
+    2: "diamond",
+    3: "cross",
+    4: "x",
+    5: "triangle-up",
+    17: "star",
+}  # Plotly's numbers
 # Strokes in a tile of 6 x 6, drawn over the colour of a bar: a second cue beside the colour.
 _PATTERNS = {
     "/": "M0 6L6 0", "\\": "M0 0L6 6", "x": "M0 0L6 6M0 6L6 0", "-": "M0 3H6", "|": "M3 0V6", "+": "M0 3H6M3 0V6",
@@ -31,10 +39,11 @@ _PATTERNS = {
 }  # fmt: skip
 _COLOUR_BAR = 56.0
 _ON_CELLS = "#ffffff"  # a line drawn over cells needs a dark ground in the legend
+# Scoped: the styles of pictures inside one page would reach one another.
 _STYLE = (
-    f"text{{font:{FONT:g}px system-ui,-apple-system,'Segoe UI','Liberation Sans',sans-serif;fill:currentColor}}"
-    ".t{font-size:14px;font-weight:600}path,line{fill:none;stroke:currentColor}.g{opacity:.15}.a{opacity:.6}"
-    ".h{opacity:.7;stroke-dasharray:3 3}"
+    f".figure text{{font:{FONT:g}px system-ui,-apple-system,'Segoe UI','Liberation Sans',sans-serif;fill:currentColor}}"
+    ".figure path{fill:none;stroke:currentColor}.figure .g{opacity:.15}.figure .a{opacity:.6}"
+    ".figure .h{opacity:.7;stroke-dasharray:3 3}"
 )
 
 
@@ -54,11 +63,13 @@ def static_svg(figure: go.Figure, alt: str, *, width: int = 720, height: int = 2
     marks += _levels(figure, frame) + _bars(traces, frame) + _scatters(traces, frame)
     below, end = legend(_entries(traces), frame.below(), width)
     title = (figure.layout.title.text or "").replace("<br>", " ")
-    body = text(4, 16, title, extra=' class="t"')
+    size = min(14.0, 14.0 * (width - 8) / (text_width(title) * 1.3 or 1))
+    body = text(4, 16, title, extra=f' style="font-size:{size:.1f}px;font-weight:600"')
     paper = f'<rect width="100%" height="100%" fill="{ground}"/>' if ground else ""
     colour = ' color="#1c1e21"' if ground else ""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {end:.0f}" width="{width}" height="{end:.0f}" role="img"'
+        ' class="figure"'
         f'{colour} aria-label="{html.escape(alt, quote=True)}"><style>{_STYLE}</style>{_definitions(traces)}{paper}{body}'
         f"{''.join(marks)}{''.join(below)}</svg>"
     )
@@ -100,9 +111,8 @@ def _levels(figure: go.Figure, frame: Frame) -> list[str]:
         if shape.type != "line" or shape.y0 != shape.y1:
             raise ValueError(f"expected level lines only, found a shape of type {shape.type!r}")
         parts.append(f'<path class="h" d="M{frame.left:.1f} {frame.y(shape.y0):.1f}H{frame.right:.1f}"/>')
-    for note in figure.layout.annotations:
-        parts.append(text(frame.right, frame.y(note.y) - 4, note.text, anchor="end"))
-    return parts
+    notes = figure.layout.annotations
+    return parts + [text(frame.right, frame.y(note.y) - 4, note.text, anchor="end") for note in notes]
 
 
 def _bars(traces: Sequence[Any], frame: Frame) -> list[str]:
@@ -185,7 +195,7 @@ def _stroke(trace: Any, colour: str) -> str:
     return f'style="stroke:{colour};stroke-width:{trace.line.width or 2:g}{dash}"'
 
 
-def _marker(x: float, y: float, symbol: Any, colour: str, r: float = 4.5) -> str:
+def _marker(x: float | int, y: float | int, symbol: Any, colour: str, r: float = 4.5) -> str:
     symbol = _SYMBOLS.get(symbol, symbol) or "circle"
     shape = {
         "circle": f"M{x - r:.1f} {y:.1f}a{r} {r} 0 1 0 {2 * r} 0a{r} {r} 0 1 0 {-2 * r} 0Z",
@@ -223,7 +233,11 @@ def _heatmap(trace: Any, frame: Frame) -> Iterable[str]:
             f'<rect x="{left:.1f}" y="{frame.bottom - (k + 1) * tall / 40:.1f}" width="10" height="{tall / 40 + 0.4:.1f}" '
             f'fill="{colour}"/>'
         )
-    for value, y in ((high, frame.top + 10), ((low + high) / 2, (frame.top + frame.bottom) / 2 + 4), (low, frame.bottom)):
+    for value, y in (
+        (high, frame.top + 10),
+        ((low + high) / 2, (frame.top + frame.bottom) / 2 + 4),
+        (low, frame.bottom),
+    ):
         yield text(left + 13, y, f"{value:.2g}")
     yield text(frame.right + 6, frame.top - 6, trace.name or "")
 

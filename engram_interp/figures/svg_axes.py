@@ -22,7 +22,7 @@ def text_width(text: str) -> float:
     return len(text) * _CHARACTER
 
 
-def text(x: float, y: float, words: object, *, anchor: str = "start", extra: str = "") -> str:
+def text(x: float | int, y: float | int, words: object, *, anchor: str = "start", extra: str = "") -> str:
     """One line of text."""
     anchored = f' text-anchor="{anchor}"' if anchor != "start" else ""
     return f'<text x="{x:.1f}" y="{y:.1f}"{anchored}{extra}>{html.escape(str(words))}</text>'
@@ -74,7 +74,7 @@ def make_axis(layout: Any, values: Iterable[Any], *, padding: float, cells: bool
         low, high = map(float, layout.range)
     if layout.tickvals is not None:
         ticks = tuple((float(v), str(t)) for v, t in zip(layout.tickvals, layout.ticktext, strict=True))
-    elif cells or all(v == int(v) for v in numbers) and spread <= 12:
+    elif cells or (all(v == int(v) for v in numbers) and spread <= 12):
         ticks = tuple((float(v), f"{v:g}") for v in sorted(set(numbers)) if low <= v <= high)
     else:
         ticks = tuple((v, f"{v:g}") for v in round_ticks(low, high))
@@ -137,15 +137,15 @@ class Frame:
 
 def label_room(axis: Axis, slant: bool) -> float:
     """Height of the labels under an axis."""
-    longest = max((text_width(label) for _, label in axis.ticks), default=0)
+    longest = max((text_width(label) for _, label in axis.ticks), default=0.0)
     return GAP + FONT + (longest * 0.71 if slant else 4)
 
 
 def make_frame(
-    x_axis: Axis, y_axis: Axis, width: float, plot_height: float, *, right: float = RIGHT, grid: bool = True
+    x_axis: Axis, y_axis: Axis, width: int, plot_height: float | int, *, right: float = RIGHT, grid: bool = True
 ) -> Frame:
     """Put the axes onto a picture of a width."""
-    left = 12 + max((text_width(label) for _, label in y_axis.ticks), default=0)
+    left = 12.0 + max((text_width(label) for _, label in y_axis.ticks), default=0.0)
     top = TITLE + (FONT + GAP + 6 if y_axis.title else 0)
     between = (width - left - right) / max(1, len(x_axis.ticks))
     slant = any(text_width(label) > between - 4 for _, label in x_axis.ticks)
@@ -154,7 +154,7 @@ def make_frame(
     return Frame(x_axis, y_axis, left, top, width - right, top + plot_height, slant, grid)
 
 
-def legend(entries: Sequence[tuple[str, str]], y: float, width: float) -> tuple[list[str], float]:
+def legend(entries: Sequence[tuple[str, str]], y: float, width: int) -> tuple[list[str], float]:
     """Names beside their marks (`entries`: mark drawn in a box of 24 x 12, name), wrapped; gives the parts and the end."""
     parts, x = [], 4.0
     for mark, name in entries:

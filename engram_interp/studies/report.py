@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from engram_interp.figures.memory import collision_figure
+from engram_interp.figures.static_svg import static_svg
 from engram_interp.figures.style import apply_style
 from engram_interp.figures.token_strip import strip_data, strip_svg
 from engram_interp.gallery import GallerySentence, load_gallery
@@ -22,6 +23,7 @@ from engram_interp.probes.collisions import CollisionResult, slot_collisions
 from engram_interp.probes.gates import read_gates
 from engram_interp.probes.token_readings import LABELS, token_readings
 from engram_interp.runs import texts_hash
+from engram_interp.runs.atomic import write_atomically
 from engram_interp.runs.folder import start_run
 from engram_interp.runs.provenance import commit
 from engram_interp.studies.evaluation import Evaluation, compare_evaluations, evaluate
@@ -43,12 +45,14 @@ def run_report(
     items: int = 400,
     seed: int = 0,
     quick: bool = False,
+    pictures: Path | None = None,
     progress: bool = False,
 ) -> Path:
     """Make the report of a pair and its control in a run folder; returns the page.
 
     Args: data: evaluation data as `evaluate` takes it; None uses the bundled gallery and generated tasks. items: per task;
-        quick: every other sentence, at most 100 items and 10 permutations, which the page says.
+        quick: every other sentence, at most 100 items and 10 permutations, which the page says;
+        pictures: a folder for the main figures as SVG files.
     Raises: RunError when the folder holds something else.
     """
     sentences, permutations = load_gallery(), 60
@@ -75,7 +79,26 @@ def run_report(
             table = result.table().astype({"head": str})  # numbers, and "all"
             folder.write_table(f"collisions.block{result.block}", table)
         folder.write_text(FILE, build_page(pair, sentences, found, evaluations, collisions, config).html())
+    if pictures is not None:
+        write_pictures(pictures, pair, found)
     return out / FILE
+
+
+def write_pictures(folder: Path, pair: Pair, found: Findings) -> None:
+    """The main figures as SVG files that stand alone: gates.svg, lens.svg, cka.svg, ablation.svg."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sentence = next(s for s in load_gallery() if s.category == "figure-7")
+    ablation = apply_style(
+        found.ablation.figure(), title="Retained above chance without the memory, and under controls"
+    )
+    drawn = {
+        "gates": gate_strip(pair.engram, sentence, 720),
+        "lens": static_svg(found.lens.figure(), "KL of the final prediction from every layer's", ground="#ffffff"),
+        "cka": static_svg(found.cka.figure(), "CKA of all layers with soft alignment and its null", ground="#ffffff"),
+        "ablation": static_svg(ablation, "Retained score under every removal and control", ground="#ffffff"),
+    }
+    for name, picture in drawn.items():
+        write_atomically(folder / f"{name}.svg", lambda part, text=picture: part.write_text(text, encoding="utf-8"))
 
 
 def build_page(
@@ -217,7 +240,8 @@ def _collision_part(page: Page, collisions: Sequence[CollisionResult]) -> None:
             f"Share of colliding n-grams in every head of block {result.block}, observed and expected",
         )
         page.table(
-            rows[rows["head"] == "all"], f"Block {result.block}: n-grams that share the rows of all heads with another."
+            rows[rows["head"] == "all"].dropna(axis="columns", how="all"),
+            f"Block {result.block}: n-grams that share the rows of all heads with another.",
         )
 
 
@@ -229,14 +253,13 @@ def _evaluation_part(page: Page, evaluations: Sequence[Evaluation]) -> None:
         *([] if "heldout_loss" in evaluations[0].scores else ["Bundled gallery and generated tasks only."]),
     )
     rows = []
-    for evaluation in evaluations:
-        for name, score in evaluation.scores.items():
-            value = score.value
-            rows.append({
-                "model": evaluation.model, "task": name, "score": value.value, "low": value.low, "high": value.high,
-                "chance": score.chance, "items": value.rows or value.n,
-            })  # fmt: skip
-    page.table(pd.DataFrame(rows))
+    for name, first in evaluations[0].scores.items():
+        row: dict[str, object] = {"task": name, "items": first.value.rows or first.value.n, "chance": first.chance}
+        for evaluation in evaluations:
+            value = evaluation.scores[name].value
+            row[evaluation.model] = f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
+        rows.append(row)
+    page.table(pd.DataFrame(rows), "Accuracy; facts by rank, held-out loss in nats per token.")
     for a, b in ((0, 1), (1, 2)):
         page.table(
             compare_evaluations(evaluations[a], evaluations[b]),
