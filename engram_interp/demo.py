@@ -1,10 +1,13 @@
-"""The three-minute look: where does the memory of the bundled model speak, and does the model predict better with it?"""
+"""The three-minute look: where does the memory of the bundled model speak, does it help, and the report of the pair.
+
+Cost: about a minute of one core, nearly all of it the quick form of the report (every other sentence, fewer items).
+"""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +17,6 @@ from engram_interp.gallery import GallerySentence, load_gallery
 from engram_interp.measure.statistics import Estimate, mean_interval, paired_difference
 from engram_interp.models.protocol import Decoder
 from engram_interp.models.registry import Pair, load_pair
-from engram_interp.probes.gate_statistics import GateStatistics, record_gates
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,18 @@ def gallery_losses(pair: Pair, sentences: Sequence[GallerySentence], seed: int =
     )
 
 
-def run_demo(text: str) -> int:
-    """Print the gate strip of one sentence, gates at entities against the rest, and the losses of the pair."""
+def run_demo(text: str, out: Path) -> int:
+    """Print the gate strip of one sentence and the losses of the pair, then write the report of the pair into `out`.
+
+    Raises: RunError when `out` holds something else.
+    """
     from rich.console import Console
 
     from engram_interp.figures.strip import terminal_strips
     from engram_interp.probes.gates import read_gates
+    from engram_interp.studies.report import run_report
 
-    console, pair, sentences = Console(highlight=False), load_pair("mini"), load_gallery()
+    console, pair, sentences = Console(highlight=False, soft_wrap=True), load_pair("mini"), load_gallery()
     console.print(
         "[bold]When does the memory speak?[/] (gate of every token, dark 0 to bright 1; 0.5 means no evidence)"
     )
@@ -64,25 +70,15 @@ def run_demo(text: str) -> int:
         reading.tokens, reading.layers, reading.gates, colour=console.color_system is not None
     ):
         console.print(f"{label}  ", line, sep="")
-    console.print()
-    console.print(_gate_table(record_gates(pair.engram, sentences, progress=sys.stderr.isatty()), len(sentences)))
     console.print(_loss_table(gallery_losses(pair, sentences)))
+    console.print("The report of the pair is being written: gates, lens, similarity, ablations (about a minute) ...")
+    page = run_report(pair, out, quick=True)
     console.print(
-        "Small models trained for this project; the numbers describe these checkpoints, not the published ones."
+        "Small models trained for this project; the numbers describe these checkpoints, not the published ones.\n"
+        f"[bold]Report:[/] {page.resolve()}\n"
+        "[bold]In full:[/] engram-interp report   [bold]Dashboard:[/] engram-interp app (from a checkout: make app)"
     )
     return 0
-
-
-def _gate_table(statistics: GateStatistics, sentences: int):  # noqa: ANN202
-    from rich.table import Table
-
-    table = Table(title=f"Mean gate over {sentences} sentences, 95 % interval over sentences")
-    for column in ("layer", "branch", "entity-final", "phrase-final", "rest", "entity-final minus rest"):
-        table.add_column(column)
-    for s in statistics.summaries:
-        strata = (s.strata[name] for name in ("entity-final", "phrase-final", "rest"))
-        table.add_row(f"block {s.layer}", str(s.branch), *map(str, strata), str(s.difference["entity-final"]))
-    return table
 
 
 def _loss_table(losses: GalleryLosses):  # noqa: ANN202

@@ -13,15 +13,20 @@ from engram_interp.cli.output import app, show, show_json
 
 
 @app.command
-def demo(*, text: str = "Only Alexander the Great could tame the horse Bucephalus.") -> int:
-    """Show the bundled pair on the bundled gallery: gates at entities against the rest, and both models' loss.
+def demo(
+    *,
+    text: str = "Only Alexander the Great could tame the horse Bucephalus.",
+    out: Path = Path("runs/demo"),
+) -> int:
+    """Show the bundled pair in a minute or two: gates of a sentence, every model's loss, and a quick report.
 
     Args:
         text: The sentence whose gates are shown first.
+        out: The run folder of the report.
     """
     from engram_interp.demo import run_demo
 
-    return run_demo(text)
+    return run_demo(text, out)
 
 
 @app.command
@@ -63,6 +68,8 @@ def report(
     data: Path | None = None,
     items: int = 400,
     seed: int = 0,
+    quick: bool = False,
+    pictures: Path | None = None,
     out: Path = Path("runs/report"),
 ) -> int:
     """Write one self-contained page that shows what the memory of a pair does, next to the paper.
@@ -75,6 +82,8 @@ def report(
         data: Evaluation data; the bundled gallery if absent.
         items: Items per task at the most.
         seed: Seed of everything drawn.
+        quick: Half of the sentences, fewer items and permutations.
+        pictures: Also write the main figures as SVG files into this folder.
         out: The run folder to write; the page is report.html in it.
     """
     from engram_interp.models.registry import Pair, load, load_pair
@@ -84,7 +93,9 @@ def report(
     if any(given) and not all(given):
         raise ValueError("expected --engram, --baseline and --control together: without another seed there is no null")
     models = Pair(*(load(name) for name in given if name)) if all(given) else load_pair(pair)
-    page = run_report(models, out, data=data, items=items, seed=seed, progress=sys.stderr.isatty())
+    page = run_report(
+        models, out, data=data, items=items, seed=seed, quick=quick, pictures=pictures, progress=sys.stderr.isatty()
+    )
     show(f"report: {page}", "dashboard: engram-interp app")
     return 0
 

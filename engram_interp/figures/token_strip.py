@@ -131,7 +131,7 @@ def strip_svg(data: dict, caption: str, *, width: int = 1000) -> str:
     """
     parts, y = _strip_parts(data, width)
     grid, y = _grid_parts(data, width, y + 14)
-    scale, y = _scale_parts(data, y + 18)
+    scale, y = _scale_parts(data, y + 18, beside=width >= 500)
     lines = [caption[i : i + 130] for i in range(0, len(caption), 130)]
     text = [
         f'<text x="10" y="{y + 18 + 15 * n:.1f}" font-size="11">{html.escape(line)}</text>'
@@ -141,8 +141,8 @@ def strip_svg(data: dict, caption: str, *, width: int = 1000) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height:.0f}" '
         f'viewBox="0 0 {width} {height:.0f}" '
-        f'role="img" aria-label="{html.escape(describe(data), quote=True)}">'
-        '<style>text{font-family:ui-monospace,"Liberation Mono",monospace;font-size:14px}.l{font-size:11px}</style>'
+        f'class="strip" role="img" aria-label="{html.escape(describe(data), quote=True)}">'
+        '<style>.strip text{font-family:ui-monospace,"Liberation Mono",monospace;font-size:14px}.strip .l{font-size:11px}</style>'
         f'<rect width="100%" height="100%" fill="#ffffff"/>{"".join([*parts, *grid, *scale, *text])}</svg>'
     )
 
@@ -205,10 +205,11 @@ def _grid_parts(data: dict, width: int, y: float) -> tuple[list[str], float]:
     return parts, y
 
 
-def _scale_parts(data: dict, y: float) -> tuple[list[str], float]:
+def _scale_parts(data: dict, y: float, *, beside: bool) -> tuple[list[str], float]:
     scale = data["scale"]
     ramp = [colour_at(i / 60, tuple(scale["stops"])) for i in range(61)]
     parts = [f'<rect x="{10 + 3 * i}" y="{y:.1f}" width="3.2" height="10" fill="{c}"/>' for i, c in enumerate(ramp)]
     middle = f", middle {(scale['low'] + scale['high']) / 2:g} {scale['middle']}" if scale["middle"] else ""
     text = f"{scale['unit']}: {scale['low']:.3g} to {scale['high']:.3g}{middle}"
-    return [*parts, f'<text class="l" x="205" y="{y + 9:.1f}">{html.escape(text)}</text>'], y + 12
+    x, below = (205, 0) if beside else (10, 15)
+    return [*parts, f'<text class="l" x="{x}" y="{y + 9 + below:.1f}">{html.escape(text)}</text>'], y + 12 + below

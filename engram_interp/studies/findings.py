@@ -65,14 +65,22 @@ class Findings:
 
 
 def find(
-    pair: Pair, sentences: Sequence[GallerySentence] | None = None, *, items: int = 400, seed: int = 0
+    pair: Pair,
+    sentences: Sequence[GallerySentence] | None = None,
+    *,
+    items: int = 400,
+    permutations: int = 60,
+    seed: int = 0,
 ) -> Findings:
-    """Ask every question of the paper's section 6 of a pair, on the gallery and generated tasks."""
+    """Ask every question of the paper's section 6 of a pair, on the gallery and generated tasks.
+
+    Args: items: per ablation task; permutations: of the null of the similarity's size.
+    """
     sentences = list(sentences or load_gallery())
     gates = record_gates(pair.engram, sentences)
     readings = [logit_lens_kl(model, sentences) for model in (pair.engram, pair.moe, pair.moe_control)]
     lens, lens_null = compare_lens(readings[0], readings[1]), compare_lens(readings[1], readings[2])
-    cka = cka_heatmap(pair.engram, pair.moe, sentences, control=pair.moe_control, permutations=60, seed=seed)
+    cka = cka_heatmap(pair.engram, pair.moe, sentences, control=pair.moe_control, permutations=permutations, seed=seed)
     fit = [s.text for s in sentences if s.category == "control"] or [s.text for s in sentences]
     statistics = collect_memory_statistics(pair.engram, fit, seed=seed)  # sentences without entities are not scored
     names = ("gallery_entity", "gallery_phrase", "induction")
@@ -223,11 +231,4 @@ def write_findings(folder: RunFolder, found: Findings) -> None:
     }
     for name, frame in tables.items():
         folder.write_table(name, frame)
-    for name, figure in (
-        ("gates", found.gates.figure()),
-        ("lens", found.lens.figure()),
-        ("cka", found.cka.figure()),
-        ("ablation", found.ablation.figure()),
-    ):
-        folder.write_text(f"{name}.html", figure.to_html(include_plotlyjs=True))
     folder.write_text("findings.json", json.dumps([vars(row) for row in found.rows], indent=1))

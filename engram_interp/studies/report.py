@@ -2,23 +2,28 @@
 
 `run_report` leaves a run folder with every table the page was made from and `report.html`, which needs nothing beside it. The page
 says what the models are, and of each of the paper's claims: paper, here, null, rule, verdict. Cost on the bundled pair: about a
-minute and a half of two cores, most of it ablations and the null of the similarity.
+minute and a half of one core, most of it lens and similarity; `quick` takes every other sentence and fewer items.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
+from engram_interp.figures.memory import collision_figure
+from engram_interp.figures.static_svg import static_svg
 from engram_interp.figures.style import apply_style
 from engram_interp.figures.token_strip import strip_data, strip_svg
 from engram_interp.gallery import GallerySentence, load_gallery
+from engram_interp.models.protocol import Decoder
 from engram_interp.models.registry import BUNDLED, Pair
 from engram_interp.probes.collisions import CollisionResult, slot_collisions
 from engram_interp.probes.gates import read_gates
 from engram_interp.probes.token_readings import LABELS, token_readings
 from engram_interp.runs import texts_hash
+from engram_interp.runs.atomic import write_atomically
 from engram_interp.runs.folder import start_run
 from engram_interp.runs.provenance import commit
 from engram_interp.studies.evaluation import Evaluation, compare_evaluations, evaluate
@@ -33,19 +38,31 @@ _SMALL = (
 
 
 def run_report(
-    pair: Pair, out: Path, *, data: Path | None = None, items: int = 400, seed: int = 0, progress: bool = False
+    pair: Pair,
+    out: Path,
+    *,
+    data: Path | None = None,
+    items: int = 400,
+    seed: int = 0,
+    quick: bool = False,
+    pictures: Path | None = None,
+    progress: bool = False,
 ) -> Path:
     """Make the report of a pair and its control in a run folder; returns the page.
 
-    Args: data: evaluation data as `evaluate` takes it; None uses the bundled gallery and generated tasks. items: per task.
+    Args: data: evaluation data as `evaluate` takes it; None uses the bundled gallery and generated tasks. items: per task;
+        quick: every other sentence, at most 100 items and 10 permutations, which the page says;
+        pictures: a folder for the main figures as SVG files.
     Raises: RunError when the folder holds something else.
     """
-    sentences = load_gallery()
+    sentences, permutations = load_gallery(), 60
+    if quick:
+        sentences, items, permutations = _every_other(sentences), min(items, 100), 10
     models = {m.identity.name: m.identity.weights_sha256 for m in (pair.engram, pair.moe, pair.moe_control)}
-    config: dict[str, object] = {"items": items, "data": data is not None}
+    config: dict[str, object] = {"items": items, "permutations": permutations, "data": data is not None}
     texts = texts_hash(s.text for s in sentences)
     with start_run(out, study="report", config=config, seeds=[seed], models=models, texts_sha256=texts) as folder:
-        found = find(pair, sentences, items=items, seed=seed)
+        found = find(pair, sentences, items=items, permutations=permutations, seed=seed)
         write_findings(folder, found)
         evaluations = [
             evaluate(model, data, limit=items, articles=50, seed=seed, progress=progress)
@@ -61,8 +78,27 @@ def run_report(
         for result in collisions:
             table = result.table().astype({"head": str})  # numbers, and "all"
             folder.write_table(f"collisions.block{result.block}", table)
-        folder.write_text(FILE, build_page(pair, sentences, found, evaluations, collisions).html())
+        folder.write_text(FILE, build_page(pair, sentences, found, evaluations, collisions, config).html())
+    if pictures is not None:
+        write_pictures(pictures, pair, found)
     return out / FILE
+
+
+def write_pictures(folder: Path, pair: Pair, found: Findings) -> None:
+    """The main figures as SVG files that stand alone: gates.svg, lens.svg, cka.svg, ablation.svg."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sentence = next(s for s in load_gallery() if s.category == "figure-7")
+    ablation = apply_style(
+        found.ablation.figure(), title="Retained above chance without the memory, and under controls"
+    )
+    drawn = {
+        "gates": gate_strip(pair.engram, sentence, 720),
+        "lens": static_svg(found.lens.figure(), "KL of the final prediction from every layer's", ground="#ffffff"),
+        "cka": static_svg(found.cka.figure(), "CKA of all layers with soft alignment and its null", ground="#ffffff"),
+        "ablation": static_svg(ablation, "Retained score under every removal and control", ground="#ffffff"),
+    }
+    for name, picture in drawn.items():
+        write_atomically(folder / f"{name}.svg", lambda part, text=picture: part.write_text(text, encoding="utf-8"))
 
 
 def build_page(
@@ -71,6 +107,7 @@ def build_page(
     found: Findings,
     evaluations: Sequence[Evaluation],
     collisions: Sequence[CollisionResult],
+    config: Mapping[str, object],
 ) -> Page:
     """The page of results that are there already."""
     models = (pair.engram, pair.moe, pair.moe_control)
@@ -80,7 +117,8 @@ def build_page(
         f"in through learned gates. It is compared with {pair.moe.identity.name}, a mixture of experts of the same size and work per "
         f"token, and every comparison with what {pair.moe_control.identity.name}, the same baseline from another seed, shows by chance.",
         *([_SMALL] if pair.engram.identity.name in BUNDLED else []),
-        f"Weights: {identities}. Commit {commit() or 'none (installed package)'}. {len(sentences)} bundled sentences. Intervals are 95 % "
+        f"Weights: {identities}. Commit {commit() or 'none (installed package)'}. {len(sentences)} bundled sentences, "
+        f"{config['items']} items a task at the most, {config['permutations']} permutations. Intervals are 95 % "
         "over sentences or items: they describe other texts for the same checkpoints, never another training.",
     ]
     page = Page("What does the memory do?", lead)
@@ -117,13 +155,23 @@ def _gate_maps(page: Page, pair: Pair, sentences: Sequence[GallerySentence]) -> 
     chosen = [s for s in sentences if s.category == "figure-7"]
     first = {s.category: s for s in reversed(sentences) if s.category != "figure-7"}
     for sentence in [*chosen, *(first[name] for name in sorted(first))]:
-        gates = read_gates(pair.engram, sentence.text)
-        r = token_readings(gates)
-        data = strip_data(
-            r.tokens, r.shown, r.bars, r.grid, r.labels, low=r.low, high=r.high, unit=LABELS["gate"], blocks=r.blocks,
-            middle="no evidence",
-        )  # fmt: skip
-        page.svg(strip_svg(data, f"{gates.model}, {sentence.id} ({sentence.category})"), sentence.text)
+        page.picture(partial(gate_strip, pair.engram, sentence), f"{sentence.text} ({sentence.category})")
+
+
+def gate_strip(model: Decoder, sentence: GallerySentence, width: int) -> str:
+    """The gates of a sentence as an SVG of a width in pixels."""
+    gates = read_gates(model, sentence.text)
+    r = token_readings(gates)
+    data = strip_data(
+        r.tokens, r.shown, r.bars, r.grid, r.labels, low=r.low, high=r.high, unit=LABELS["gate"], blocks=r.blocks,
+        middle="no evidence",
+    )  # fmt: skip
+    return strip_svg(data, f"{gates.model}, {sentence.id}", width=width)
+
+
+def _every_other(sentences: Sequence[GallerySentence]) -> tuple[GallerySentence, ...]:
+    """Half of the gallery, the paper's own sentences included."""
+    return tuple(s for i, s in enumerate(sentences) if i % 2 == 0 or s.category == "figure-7")
 
 
 def _findings_figures(page: Page, found: Findings) -> None:
@@ -147,7 +195,7 @@ def _findings_figures(page: Page, found: Findings) -> None:
         found.cka.figure(),
         "Unbiased CKA of every baseline layer with every Engram layer, with soft alignment and its null",
     )
-    page.table(found.cka.depths())
+    page.table(found.cka.depths(), folded="depths of every layer, with the null of the other seed")
     page.section(
         "What breaks without the memory?",
         "Change under every way to remove it, beside controls of equal size; a score that cannot be told from chance has no "
@@ -175,6 +223,7 @@ def _findings_figures(page: Page, found: Findings) -> None:
     page.table(
         table.loc[~table["condition"].str.contains("@ block"), keep],
         "Change of log-probability in nats, all memories at once.",
+        folded="numbers of every removal",
     )
 
 
@@ -185,12 +234,14 @@ def _collision_part(page: Page, collisions: Sequence[CollisionResult]) -> None:
         "corpus collides more.",
     )
     for result in collisions:
-        page.figure(
-            result.figure(), f"Share of colliding n-grams in every head of block {result.block}, observed and expected"
-        )
         rows = result.table()
+        page.figure(
+            collision_figure(rows[rows["head"] != "all"], title=f"block {result.block}"),
+            f"Share of colliding n-grams in every head of block {result.block}, observed and expected",
+        )
         page.table(
-            rows.query("head == 'all'"), f"Block {result.block}: n-grams that share the rows of all heads with another."
+            rows[rows["head"] == "all"].dropna(axis="columns", how="all"),
+            f"Block {result.block}: n-grams that share the rows of all heads with another.",
         )
 
 
@@ -202,16 +253,16 @@ def _evaluation_part(page: Page, evaluations: Sequence[Evaluation]) -> None:
         *([] if "heldout_loss" in evaluations[0].scores else ["Bundled gallery and generated tasks only."]),
     )
     rows = []
-    for evaluation in evaluations:
-        for name, score in evaluation.scores.items():
-            value = score.value
-            rows.append({
-                "model": evaluation.model, "task": name, "score": value.value, "low": value.low, "high": value.high,
-                "chance": score.chance, "items": value.rows or value.n,
-            })  # fmt: skip
-    page.table(pd.DataFrame(rows))
+    for name, first in evaluations[0].scores.items():
+        row: dict[str, object] = {"task": name, "items": first.value.rows or first.value.n, "chance": first.chance}
+        for evaluation in evaluations:
+            value = evaluation.scores[name].value
+            row[evaluation.model] = f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"
+        rows.append(row)
+    page.table(pd.DataFrame(rows), "Accuracy; facts by rank, held-out loss in nats per token.")
     for a, b in ((0, 1), (1, 2)):
         page.table(
             compare_evaluations(evaluations[a], evaluations[b]),
             f"{evaluations[a].model} minus {evaluations[b].model}, paired by item.",
+            folded=f"{evaluations[a].model} minus {evaluations[b].model}",
         )
