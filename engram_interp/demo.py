@@ -5,49 +5,11 @@ Cost: about a minute of one core, nearly all of it the quick form of the report 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from jaxtyping import Float
-
-from engram_interp.gallery import GallerySentence, load_gallery
-from engram_interp.measure.statistics import Estimate, mean_interval, paired_difference
-from engram_interp.models.protocol import Decoder
-from engram_interp.models.registry import Pair, load_pair
-
-
-@dataclass(frozen=True)
-class GalleryLosses:
-    """Mean next-token loss on the gallery, nats per token, sentences as the units; differences are paired by sentence."""
-
-    losses: dict[str, Estimate]
-    engram_minus_moe: Estimate
-    moe_minus_control: Estimate
-
-
-def sentence_losses(model: Decoder, texts: Sequence[str]) -> Float[np.ndarray, " B"]:
-    """Mean next-token loss of each text in nats, first token of the text included (predicted from the start token)."""
-    losses = []
-    for text in texts:
-        tokens = model.to_tokens(text)
-        logits = model(tokens)[0, :-1].float()
-        losses.append(float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:])))
-    return np.array(losses)
-
-
-def gallery_losses(pair: Pair, sentences: Sequence[GallerySentence], seed: int = 0) -> GalleryLosses:
-    """Losses of the three bundled models on the gallery."""
-    texts, rng = [s.text for s in sentences], np.random.default_rng(seed)
-    models = (pair.engram, pair.moe, pair.moe_control)
-    engram, moe, control = (sentence_losses(model, texts) for model in models)
-    return GalleryLosses(
-        {m.identity.name: mean_interval(x) for m, x in zip(models, (engram, moe, control), strict=True)},
-        paired_difference(engram, moe, rng=rng),
-        paired_difference(moe, control, rng=rng),
-    )
+from engram_interp.gallery import load_gallery
+from engram_interp.models.registry import load_pair
+from engram_interp.studies.gallery_loss import GalleryLosses, gallery_losses
 
 
 def run_demo(text: str, out: Path) -> int:

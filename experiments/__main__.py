@@ -1,4 +1,8 @@
-"""`python -m experiments [RUNS]`: take in finished studies (default: runs/studies) and write README.md from all there are."""
+"""`python -m experiments [RUNS]`: take in finished studies (default: runs/studies) and write README.md from all there are.
+
+The tables of the project's README are written too: from the report of the bundled pair (`engram-interp report`, runs/report) and the
+cards of the models.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import sys
 from pathlib import Path
 
 from engram_interp.runs.atomic import write_atomically
+from engram_interp.studies.pair_tables import keep_report, rewrite_readme
 from engram_interp.studies.readme import collect_results, render_readme
 
 if __name__ == "__main__":
@@ -14,3 +19,8 @@ if __name__ == "__main__":
     text = render_readme(here)
     write_atomically(here / "README.md", lambda part: part.write_text(text, encoding="utf-8"))
     print(f"results taken in: {', '.join(taken) or 'none'}")
+    root = here.parent
+    if (report := root / "runs" / "report").is_dir():
+        keep_report(report, here / "results" / "pair.json")
+    front = rewrite_readme(root)
+    write_atomically(root / "README.md", lambda part: part.write_text(front, encoding="utf-8"))

@@ -55,6 +55,12 @@ def test_every_python_block_runs():
         exec(compile(block, "README.md", "exec"), {})
 
 
+def test_its_tables_are_what_the_results_say():
+    from engram_interp.studies.pair_tables import rewrite_readme
+
+    assert rewrite_readme(ROOT) == README, "run python -m experiments"
+
+
 def test_every_command_exists():
     import engram_interp.cli as cli
 

@@ -196,3 +196,14 @@ def test_killed_and_started_again_gives_the_same_bytes(tmp_path):
     killed, whole = ((tmp_path / name / "tables" / "rows.parquet").read_bytes() for name in ("killed", "whole"))
     assert killed == whole
     assert np.isfinite(open_run(tmp_path / "killed").table("rows")["x"]).all()
+
+
+def test_the_documentation_names_every_key_of_the_manifest():
+    from engram_interp.runs.manifest import SCHEMA_VERSION, Manifest
+
+    text = (Path(__file__).resolve().parents[1] / "docs/run_folder.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert {name for row in rows for name in row.replace("`", "").replace(" ", "").split(",")} == set(
+        Manifest.model_fields
+    )
+    assert f"## The manifest, schema {SCHEMA_VERSION}" in text

@@ -30,10 +30,10 @@ def text(x: float | int, y: float | int, words: object, *, anchor: str = "start"
 
 def round_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` round numbers in [low, high]."""
-    step = 10 ** math.floor(math.log10((high - low) / count))
+    step = 10.0 ** math.floor(math.log10((high - low) / count))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= count)
     first = math.ceil(low / step - 1e-9)
-    return [round(step * k, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [float(round(step * k, 12)) for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 @dataclass(frozen=True)

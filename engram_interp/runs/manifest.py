@@ -1,4 +1,4 @@
-"""What does a run folder say about itself? A strict, versioned `manifest.json`."""
+"""What does a run folder say about itself? A strict, versioned `manifest.json`; docs/run_folder.md lists its keys."""
 
 from __future__ import annotations
 
@@ -60,6 +60,10 @@ def read_manifest(path: Path) -> Manifest:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise RunError(f"{file}: not readable as JSON ({error})") from None
     version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise RunError(
+            f"{file}: expected schema version {SCHEMA_VERSION}, found {version}: written by a newer engram-interp; upgrade to read it"
+        )
     if version != SCHEMA_VERSION:
         raise RunError(f"{file}: expected schema version {SCHEMA_VERSION}, found {version!r}")
     try:

@@ -28,6 +28,7 @@ from engram_interp.runs.folder import start_run
 from engram_interp.runs.provenance import commit
 from engram_interp.studies.evaluation import Evaluation, compare_evaluations, evaluate
 from engram_interp.studies.findings import Findings, find, write_findings
+from engram_interp.studies.gallery_loss import gallery_losses
 from engram_interp.studies.report_page import Claim, Page
 
 FILE = "report.html"
@@ -64,6 +65,7 @@ def run_report(
     with start_run(out, study="report", config=config, seeds=[seed], models=models, texts_sha256=texts) as folder:
         found = find(pair, sentences, items=items, permutations=permutations, seed=seed)
         write_findings(folder, found)
+        folder.write_table("gallery_loss", gallery_losses(pair, sentences, seed).table())
         evaluations = [
             evaluate(model, data, limit=items, articles=50, seed=seed, progress=progress)
             for model in (pair.engram, pair.moe, pair.moe_control)
