@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from jaxtyping import Float
 
 from engram_interp.gallery import GallerySentence
 from engram_interp.measure.statistics import Estimate, mean_interval, paired_difference
 from engram_interp.models.protocol import Decoder
 from engram_interp.models.registry import Pair
+from engram_interp.studies.evaluation import article_losses
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,12 +46,8 @@ class GalleryLosses:
 
 def sentence_losses(model: Decoder, texts: Sequence[str]) -> Float[np.ndarray, " B"]:
     """Mean next-token loss of each text in nats, first token of the text included (predicted from the start token)."""
-    losses = []
-    for text in texts:
-        tokens = model.to_tokens(text)
-        logits = model(tokens)[0, :-1].float()
-        losses.append(float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:])))
-    return np.array(losses)
+    loss, tokens, _ = article_losses(model, texts)
+    return loss / tokens
 
 
 def gallery_losses(pair: Pair, sentences: Sequence[GallerySentence], seed: int = 0) -> GalleryLosses:

@@ -17,7 +17,7 @@ from engram_interp.figures.static_svg import static_svg
 from engram_interp.figures.style import apply_style
 from engram_interp.figures.token_strip import strip_data, strip_svg
 from engram_interp.gallery import GallerySentence, load_gallery
-from engram_interp.models.protocol import Decoder
+from engram_interp.models.protocol import MemoryModel
 from engram_interp.models.registry import BUNDLED, Pair
 from engram_interp.probes.collisions import CollisionResult, slot_collisions
 from engram_interp.probes.gates import read_gates
@@ -160,7 +160,7 @@ def _gate_maps(page: Page, pair: Pair, sentences: Sequence[GallerySentence]) -> 
         page.picture(partial(gate_strip, pair.engram, sentence), f"{sentence.text} ({sentence.category})")
 
 
-def gate_strip(model: Decoder, sentence: GallerySentence, width: int) -> str:
+def gate_strip(model: MemoryModel, sentence: GallerySentence, width: int) -> str:
     """The gates of a sentence as an SVG of a width in pixels."""
     gates = read_gates(model, sentence.text)
     r = token_readings(gates)
@@ -238,11 +238,11 @@ def _collision_part(page: Page, collisions: Sequence[CollisionResult]) -> None:
     for result in collisions:
         rows = result.table()
         page.figure(
-            collision_figure(rows[rows["head"] != "all"], title=f"block {result.block}"),
+            collision_figure(rows.query("head != 'all'"), title=f"block {result.block}"),
             f"Share of colliding n-grams in every head of block {result.block}, observed and expected",
         )
         page.table(
-            rows[rows["head"] == "all"].dropna(axis="columns", how="all"),
+            rows.query("head == 'all'").dropna(axis="columns", how="all"),
             f"Block {result.block}: n-grams that share the rows of all heads with another.",
         )
 
