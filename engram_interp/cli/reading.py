@@ -141,9 +141,10 @@ def lens(
     from engram_interp.models.adapters.opening import open_decoders
     from engram_interp.probes.lens_comparison import read_and_compare
 
-    corpus, models = read_corpus(texts), open_decoders(engram, moe, base=base)
+    corpus = read_corpus(texts)
+    first, second = open_decoders(engram, moe, base=base)
     quantities = quantities or ("kl" if precision == "fast" else "all")
-    result = read_and_compare(*models, corpus, quantities=quantities, precision=precision)
+    result = read_and_compare(first, second, corpus, quantities=quantities, precision=precision)
     write_result(result, out)
     if json:
         show_json(result.as_dict())

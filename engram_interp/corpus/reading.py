@@ -154,8 +154,9 @@ class CorpusReader:
 
         with self.model.hooks([(f"blocks.{block}.engram.hook_gate", keep(block)) for block in self.blocks]):
             residuals = self.model.residuals(tokens)
-        no_gates = torch.empty(len(tokens), tokens.shape[1], 0, 0)
-        gates = torch.stack([found[block] for block in self.blocks], 2) if self.blocks else no_gates
+        gates = torch.empty(len(tokens), tokens.shape[1], 0, 0)
+        if self.blocks:
+            gates = torch.stack([found[block] for block in self.blocks], 2)
         if not bool(gates.isfinite().all()):
             raise ValueError(f"document {number}: a gate is not finite")
         exits = torch.stack([self.model.exit_hidden(site) for site in residuals], 1) if self.lens else None

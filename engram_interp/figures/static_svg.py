@@ -54,7 +54,7 @@ def static_svg(figure: go.Figure, alt: str, *, width: int = 720, height: int = 2
         background colour for a file that stands alone, which also makes its text dark.
     Raises: ValueError for a kind of trace this cannot draw.
     """
-    traces = list(figure.data)
+    traces: list[Any] = list(figure.data)
     if unknown := sorted({t.type for t in traces} - set(_KNOWN)):
         raise ValueError(f"expected traces of {_KNOWN}, found {unknown}")
     frame = _frame(figure, traces, width, height)

@@ -106,8 +106,8 @@ def bench(
     finally:
         torch.set_num_threads(before)
     found = BenchResult(group, candidates, {name: tuple(v) for name, v in seconds.items()}, errors, threads)
-    for row in found.table().itertuples():
-        report(f"{head}: {row.candidate}, {row.note or f'{row.ratio:.3f} of the unit'}")
+    for row in found.table().to_dict("records"):
+        report(f"{head}: {row['candidate']}, {row['note'] or f'''{row['ratio']:.3f} of the unit'''}")
     return found
 
 
