@@ -129,6 +129,9 @@ def test_bars_stand_on_zero_and_are_as_high_as_their_values():
     assert np.allclose(np.array(heights) / heights[0], [1, 2, 4], atol=0.01), "a missing value leaves a gap"
     assert len({float(box.get("y")) + float(box.get("height")) for box in boxes}) == 1
     assert tips(figure)[0] == "one, a: 1 [0.5, 1.5]"
+    patterns = [{e.get("id") for e in parsed(figure, width).iter(f"{SVG}pattern")} for width in (350, 720)]
+    assert patterns[0]
+    assert not patterns[0] & patterns[1], "the hidden picture's pattern must not be taken for the shown one's"
 
 
 @pytest.mark.parametrize("width", [720, 350])

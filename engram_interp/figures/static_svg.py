@@ -54,14 +54,14 @@ def static_svg(figure: go.Figure, alt: str, *, width: int = 720, height: int = 2
         background colour for a file that stands alone, which also makes its text dark.
     Raises: ValueError for a kind of trace this cannot draw.
     """
-    traces: list[Any] = list(figure.data)
+    traces: list[Any] = list(figure.data)  # type: ignore[arg-type]
     if unknown := sorted({t.type for t in traces} - set(_KNOWN)):
         raise ValueError(f"expected traces of {_KNOWN}, found {unknown}")
     frame = _frame(figure, traces, width, height)
     heat = [t for t in traces if t.type == "heatmap"]
     marks = [part for t in heat for part in _heatmap(t, frame)] + frame.draw()
-    marks += _levels(figure, frame) + _bars(traces, frame) + _scatters(traces, frame)
-    below, end = legend(_entries(traces), frame.below(), width)
+    marks += _levels(figure, frame) + _bars(traces, frame, width) + _scatters(traces, frame)
+    below, end = legend(_entries(traces, width), frame.below(), width)
     title = (figure.layout.title.text or "").replace("<br>", " ")
     size = min(14.0, 14.0 * (width - 8) / (text_width(title) * 1.3 or 1))
     body = text(4, 16, title, extra=f' style="font-size:{size:.1f}px;font-weight:600"')
@@ -70,7 +70,7 @@ def static_svg(figure: go.Figure, alt: str, *, width: int = 720, height: int = 2
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {end:.0f}" width="{width}" height="{end:.0f}" role="img"'
         ' class="figure"'
-        f'{colour} aria-label="{html.escape(alt, quote=True)}"><style>{_STYLE}</style>{_definitions(traces)}{paper}{body}'
+        f'{colour} aria-label="{html.escape(alt, quote=True)}"><style>{_STYLE}</style>{_definitions(traces, width)}{paper}{body}'
         f"{''.join(marks)}{''.join(below)}</svg>"
     )
 
@@ -115,7 +115,7 @@ def _levels(figure: go.Figure, frame: Frame) -> list[str]:
     return parts + [text(frame.right, frame.y(note.y) - 4, note.text, anchor="end") for note in notes]
 
 
-def _bars(traces: Sequence[Any], frame: Frame) -> list[str]:
+def _bars(traces: Sequence[Any], frame: Frame, width: int) -> list[str]:
     bars = [t for t in traces if t.type == "bar"]
     step = 0.84 / max(1, len(bars))
     parts = []
@@ -130,7 +130,7 @@ def _bars(traces: Sequence[Any], frame: Frame) -> list[str]:
             tip = f"<title>{html.escape(f'{bar.name}, {x}: {y:.3g} [{bounds[0]:.3g}, {bounds[1]:.3g}]')}</title>"
             parts.append(f'<rect {box} fill="{_bar_colour(bar, i)}">{tip}</rect>')
             if (pattern := bar.marker.pattern.shape) in _PATTERNS:
-                parts.append(f'<rect {box} fill="url(#p{ord(pattern)})" pointer-events="none"/>')
+                parts.append(f'<rect {box} fill="url(#p{ord(pattern)}w{width})" pointer-events="none"/>')
             parts.append(_whisker(frame.x(x, shift), bounds, frame))
     return parts
 
@@ -139,10 +139,11 @@ def _bar_colour(bar: Any, index: int) -> str:
     return bar.marker.color or OKABE_ITO[index % len(OKABE_ITO)]
 
 
-def _definitions(traces: Sequence[Any]) -> str:
+def _definitions(traces: Sequence[Any], width: int) -> str:
+    # One name per width: a pattern of a picture that the page hides is not drawn in the one it shows.
     used = {t.marker.pattern.shape for t in traces if t.type == "bar"} & set(_PATTERNS)
     tiles = (
-        f'<pattern id="p{ord(shape)}" width="6" height="6" patternUnits="userSpaceOnUse">'
+        f'<pattern id="p{ord(shape)}w{width}" width="6" height="6" patternUnits="userSpaceOnUse">'
         f'<path d="{_PATTERNS[shape]}" style="stroke:#000;stroke-opacity:.45"/></pattern>'
         for shape in sorted(used)
     )
@@ -242,7 +243,7 @@ def _heatmap(trace: Any, frame: Frame) -> Iterable[str]:
     yield text(frame.right + 6, frame.top - 6, trace.name or "")
 
 
-def _entries(traces: Sequence[Any]) -> list[tuple[str, str]]:
+def _entries(traces: Sequence[Any], width: int) -> list[tuple[str, str]]:
     """The legend: every named series with its mark as drawn."""
     entries, bars, scatters = [], 0, 0
     for trace in traces:
@@ -251,7 +252,9 @@ def _entries(traces: Sequence[Any]) -> list[tuple[str, str]]:
         if trace.type == "bar":
             colour, bars = _bar_colour(trace, bars), bars + 1
             pattern = trace.marker.pattern.shape
-            over = f'<rect width="24" height="12" fill="url(#p{ord(pattern)})"/>' if pattern in _PATTERNS else ""
+            over = (
+                f'<rect width="24" height="12" fill="url(#p{ord(pattern)}w{width})"/>' if pattern in _PATTERNS else ""
+            )
             mark = f'<rect width="24" height="12" fill="{colour}"/>{over}'
         else:
             colour, scatters = _colour(trace, scatters), scatters + 1
