@@ -87,7 +87,7 @@ class CorpusReader:
         if not probes or not set(probes) <= {"gates", "lens"}:
             raise ValueError(f"expected some of gates, lens to read, found {', '.join(probes) or 'none'}")
         self.model, self.batch, self.device = model, batch, device
-        self.blocks = tuple(getattr(model, "engram_layers", ())) if "gates" in probes else ()
+        self.blocks: tuple[int, ...] = tuple(getattr(model, "engram_layers", ())) if "gates" in probes else ()
         if "gates" in probes and not self.blocks:
             raise ValueError(f"model {model.identity.name!r} has no memory to look at: read the lens alone")
         self.lens = "lens" in probes
