@@ -315,7 +315,7 @@ def test_command_compares_two_models(monkeypatch, tiny_engram, tiny_moe, texts, 
     from engram_interp.models.adapters import opening
     from engram_interp.probes.cka_command import run_cka
 
-    monkeypatch.setattr(opening, "open_model", lambda name, *, base=None: {"a": tiny_engram, "b": tiny_moe}[name])
+    monkeypatch.setattr(opening, "open_model", lambda name, **_: {"a": tiny_engram, "b": tiny_moe}[name])
     path = tmp_path / "texts.txt"
     path.write_text("\n".join(texts), encoding="utf-8")
     assert run_cka("a", "b", texts=path, positions="all", permutations=0, as_json=True) == 0

@@ -21,7 +21,7 @@ from engram_interp.runs.atomic import write_atomically
 
 FLOAT = 4  # bytes; every probe computes in float32
 DOUBLE = 8
-SAMPLED = 32  # tokens of each call of `lens_kl` that are formed again in float64, to state its error
+SAMPLED = 16  # tokens of each call of `lens_kl` that are formed again in float64, to state its error
 BEGIN, END = "<!-- written by python -m engram_interp.studies.scaling docs/scaling.md -->", "<!-- end -->"
 
 
