@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,16 +23,9 @@ def show_json(value: object) -> None:
     """Print a value as JSON."""
     import json
 
-    print(json.dumps(_finite(value), allow_nan=False))
+    from engram_interp.runs.result_files import finite
 
-
-def _finite(value: object) -> object:
-    """JSON has no NaN: a number that could not be estimated becomes null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+    print(json.dumps(finite(value), allow_nan=False))
 
 
 def read_corpus(path: Path | None) -> list:
@@ -52,11 +44,13 @@ def read_corpus(path: Path | None) -> list:
 
 def write_result(result: Any, out: Path | None) -> None:
     """Write a result's figure or table, by the suffix."""
-    if out is None:
-        return
-    if out.suffix == ".html":
-        result.figure().write_html(out, include_plotlyjs=True)
-    elif out.suffix == ".csv":
-        result.table().to_csv(out, index=False)
-    else:
-        raise ValueError(f"expected a file ending in .html or .csv, found {out.name!r}")
+    from engram_interp.runs.result_files import write_form
+
+    if out is not None:
+        write_form(
+            out,
+            {
+                ".html": lambda: result.figure().to_html(include_plotlyjs=True),
+                ".csv": lambda: result.table().to_csv(index=False),
+            },
+        )

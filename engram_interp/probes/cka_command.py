@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from engram_interp.measure.alignment import PAPER_K
+from engram_interp.runs.result_files import write_form
 
 Positions = Literal["entity_final", "one_per_document", "all"]
 
@@ -80,21 +81,14 @@ def _require_suffix(out: Path | None) -> None:
         raise ValueError(f"expected --out to end in .json, .html or .csv, found {out.name!r}")
 
 
-def _write(path: Path, content: str) -> None:
-    path.write_text(content, encoding="utf-8")
-
-
 def _emit(result, summary: list[str], as_json: bool, out: Path | None) -> int:  # noqa: ANN001 - either result
     if out is not None:
-        from engram_interp.models.checkpoint import write_atomically
-
-        write = {
+        forms = {
             ".json": lambda: json.dumps(result.as_dict(), allow_nan=False),
             ".html": lambda: result.figure().to_html(include_plotlyjs=True),
             ".csv": lambda: result.table().to_csv(index=False),
-        }[out.suffix]
-        content = write()
-        write_atomically(out, lambda path: _write(path, content))
+        }
+        write_form(out, forms)
     text = json.dumps(result.as_dict(), allow_nan=False) if as_json else "\n".join(summary)
     sys.stdout.write(text + "\n")
     return 0

@@ -23,6 +23,7 @@ from jaxtyping import Float, Int64
 from engram_interp.models.protocol import MemoryModel
 from engram_interp.models.text import show_tokens, windows
 from engram_interp.runs import Provenance, texts_hash
+from engram_interp.runs.result_files import write_form
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -99,9 +100,7 @@ class GateMap:
             ".csv": lambda: self.table().to_csv(index=False),
             ".json": lambda: json.dumps(self.as_dict()),
         }
-        if path.suffix not in forms:
-            raise ValueError(f"expected a file ending in {', '.join(forms)}, found {path.name!r}")
-        path.write_text(forms[path.suffix](), encoding="utf-8")
+        write_form(path, forms)
 
     def html(self) -> str:
         """A page of its own with the text coloured by every layer and branch."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json as json_module
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Protocol, runtime_checkable
@@ -26,6 +26,7 @@ from engram_interp.probes.collisions import slot_collisions
 from engram_interp.probes.memory_rows import access_report, diff_tables, row_statistics
 from engram_interp.probes.memory_site import AddressedModel, hash_of, site_of, token_ids
 from engram_interp.probes.memory_table import lookup, neighbours, read_slot
+from engram_interp.runs.result_files import finite, write_form
 
 ModelPath = Positional[Annotated[str, arg(help="a bundled name, a model directory or a GGUF file")]]
 SourcePath = Positional[Annotated[str, arg(help="a bundled name, a model directory, a GGUF or a table file")]]
@@ -250,7 +251,7 @@ def _say(result: _Result, json: bool, out: Path | None) -> int:
     if out is not None:
         _write(result, out)
     if json:
-        sys.stdout.write(json_module.dumps(_finite(result.as_dict()), allow_nan=False) + "\n")
+        sys.stdout.write(json_module.dumps(finite(result.as_dict()), allow_nan=False) + "\n")
     elif out is None:
         table = result.table()
         plain = ((name, value) for name, value in result.as_dict().items() if isinstance(value, int | str))
@@ -260,29 +261,9 @@ def _say(result: _Result, json: bool, out: Path | None) -> int:
 
 
 def _write(result: _Result, out: Path) -> None:
-    from engram_interp.models.checkpoint import write_atomically
-
     forms = {
-        ".json": lambda: json_module.dumps(_finite(result.as_dict()), allow_nan=False),
+        ".json": lambda: json_module.dumps(finite(result.as_dict()), allow_nan=False),
         ".csv": lambda: result.table().to_csv(index=False),
         ".html": lambda: result.figure().to_html(include_plotlyjs=True),
     }
-    if out.suffix not in forms:
-        raise ValueError(f"expected a file ending in {', '.join(forms)}, found {out.name!r}")
-    content = forms[out.suffix]()
-
-    def write(part: Path) -> None:
-        part.write_text(content, encoding="utf-8")
-
-    write_atomically(out, write)
-
-
-def _finite(value: object) -> object:
-    """JSON has no nan or infinity: they become null."""
-    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_finite(item) for item in value]
-    return value
+    write_form(out, forms)

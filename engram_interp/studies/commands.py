@@ -25,7 +25,7 @@ from engram_interp.probes.ablation import (
     ablation_effects,
     default_conditions,
 )
-from engram_interp.runs.atomic import write_atomically
+from engram_interp.runs.result_files import write_form
 from engram_interp.studies.ablation import fitted_statistics, known_kinds
 from engram_interp.studies.config import StudyConfig, changed, load_study_config
 from engram_interp.studies.program import SPEED, Study, run
@@ -147,9 +147,9 @@ def run_ablate(
 
 
 def _write(effects: AblationEffects, out: Path) -> None:
-    writers = {
-        ".html": lambda part: effects.figure().write_html(part),
-        ".csv": lambda part: effects.table().to_csv(part, index=False),
-        ".json": lambda part: part.write_text(json.dumps(effects.as_dict(), allow_nan=False), encoding="utf-8"),
+    forms = {
+        ".html": lambda: effects.figure().to_html(include_plotlyjs=True),
+        ".csv": lambda: effects.table().to_csv(index=False),
+        ".json": lambda: json.dumps(effects.as_dict(), allow_nan=False),
     }
-    write_atomically(out, writers[out.suffix])
+    write_form(out, forms)
