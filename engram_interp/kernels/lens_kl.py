@@ -39,7 +39,7 @@ from engram_interp.shapes import Float, Int64, Tensor
 
 LensPath = Literal["auto", "exact", "fast", "triton"]
 SMALL = 1e-3  # nats; the identity is good to about 1e-5
-_SAMPLE = 16  # tokens checked in each call: 2 % of the work at 2,048 tokens
+SAMPLE = 16  # tokens checked in each call: 2 % of the work at 2,048 tokens
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class _Engine:
 
 def _sample(tokens: int) -> Tensor:
     """Evenly spaced tokens, the same for every path."""
-    count = min(tokens, _SAMPLE)
+    count = min(tokens, SAMPLE)
     return torch.arange(count) * tokens // max(count, 1)
 
 

@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from engram_interp.kernels.lens_kl import SAMPLE
 from engram_interp.models.config import ModelConfig
 from engram_interp.models.cost import active_flops, memory_parameters, parameter_count
 from engram_interp.models.paper_scale import PAPER_MODELS
@@ -21,7 +22,6 @@ from engram_interp.runs.atomic import write_atomically
 
 FLOAT = 4  # bytes; every probe computes in float32
 DOUBLE = 8
-SAMPLED = 16  # tokens of each call of `lens_kl` that are formed again in float64, to state its error
 BEGIN, END = "<!-- written by python -m engram_interp.studies.scaling docs/scaling.md -->", "<!-- end -->"
 
 
@@ -113,7 +113,7 @@ def lens(shape: ModelShape, tokens: int = 1024) -> ProbeCost:
 
     A value below 1e-3 nats is formed again, 2 U more, which is not counted.
     """
-    again = 1 + min(SAMPLED, tokens) / tokens
+    again = 1 + min(SAMPLE, tokens) / tokens
     held = shape.sites * shape.width * (shape.streams + 1)
     return ProbeCost("lens, KL", 1, (shape.layers + 2) * shape.unembedding * again, FLOAT * held)
 
