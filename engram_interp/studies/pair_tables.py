@@ -1,7 +1,7 @@
 """The two result tables of the project's README, written from results and never by hand.
 
 `keep_report` keeps of a report's run folder what the tables need (`experiments/results/pair.json`); the scores come from
-the cards in `checkpoints/`. Text between `<!-- NAME: ... -->` and `<!-- /NAME -->` is replaced, all else stays.
+the cards in `checkpoints/`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from engram_interp.models.registry import BUNDLED
 from engram_interp.runs.atomic import write_atomically
 from engram_interp.runs.folder import open_run
+from engram_interp.studies.marked_page import replace_marked
 
 KEPT = Path("experiments/results/pair.json")
 _QUESTIONS = {
@@ -52,8 +53,8 @@ def rewrite_readme(root: Path) -> str:
     kept = json.loads((root / KEPT).read_text(encoding="utf-8"))
     text = (root / "README.md").read_text(encoding="utf-8")
     cards = {name: (root / "checkpoints" / name / "README.md").read_text(encoding="utf-8") for name in BUNDLED}
-    text = _between(text, "scores", scores_table(cards, kept))
-    return _between(text, "findings", findings_table(kept))
+    text = replace_marked(text, "scores", scores_table(cards, kept))
+    return replace_marked(text, "findings", findings_table(kept))
 
 
 def scores_table(cards: dict[str, str], kept: dict) -> str:
@@ -69,7 +70,7 @@ def scores_table(cards: dict[str, str], kept: dict) -> str:
         lines.append(f"| {question}, {rows[0][5]} {unit} | {' | '.join(cells)} |")
     losses = {row["model"]: f"{row['loss']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" for row in kept["gallery_loss"]}
     lines.append(f"| loss on the bundled sentences, nats per token | {' | '.join(losses[model] for model in cards)} |")
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def findings_table(kept: dict) -> str:
@@ -78,11 +79,4 @@ def findings_table(kept: dict) -> str:
     for row in kept["findings"]:
         cells = (row[key].replace("||", "‖").replace("|", "\\|") for key in ("claim", "here", "null", "verdict"))
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _between(text: str, name: str, table: str) -> str:
-    pattern = re.compile(rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- /{name} -->)", re.DOTALL)
-    if len(pattern.findall(text)) != 1:
-        raise ValueError(f"README.md: expected one pair of markers {name!r}, found {len(pattern.findall(text))}")
-    return pattern.sub(lambda m: f"{m[1]}{table}\n{m[2]}", text)
+    return "\n".join(lines) + "\n"

@@ -19,10 +19,10 @@ from engram_interp.models.cost import active_flops, memory_parameters, parameter
 from engram_interp.models.paper_scale import PAPER_MODELS
 from engram_interp.models.registry import find
 from engram_interp.runs.atomic import write_atomically
+from engram_interp.studies.marked_page import replace_marked
 
 FLOAT = 4  # bytes; every probe computes in float32
 DOUBLE = 8
-BEGIN, END = "<!-- written by python -m engram_interp.studies.scaling docs/scaling.md -->", "<!-- end -->"
 
 
 @dataclass(frozen=True)
@@ -205,12 +205,9 @@ def _size(count: float | int) -> str:
 def rewritten(page: str) -> str:
     """A page with its worked-out part made again.
 
-    Raises: ValueError when the page does not hold the two marks.
+    Raises: ValueError when the page does not hold the marks.
     """
-    if page.count(BEGIN) != 1 or page.count(END) != 1:
-        raise ValueError(f"expected a page with one {BEGIN!r} and one {END!r}")
-    head, rest = page.split(BEGIN)
-    return f"{head}{BEGIN}\n\n{render()}{END}{rest.split(END)[1]}"
+    return replace_marked(page, "costs", f"\n{render()}")
 
 
 def main(path: Path) -> None:
