@@ -2,7 +2,7 @@
 
 One part taken away or exchanged at a time (paper section 6.2, figure 5: token compression, branches and gate matter most, the
 convolution least, 4-grams at the same budget hurt). Differences are against the whole memory; a part matters when the interval
-lies above 0. Costs 8 runs of 4 M tokens, about an hour of one core.
+lies above 0 in every seed. Costs 8 runs of 1.5 M tokens a seed; `experiments/README.md` has the hours.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ PAPER = {"no-conv": 0.0005, "with-4-grams": 0.0017, "no-gate": 0.0046, "no-compr
 
 
 def conclude(config: TrainingStudyConfig, articles: pd.DataFrame) -> tuple[list[str], go.Figure]:
-    """Every part with its cost, beside the paper's."""
+    """Every part with its cost in every seed, beside the paper's, and in how many seeds it matters."""
     runs = compare_runs(articles, "whole")
     lines = []
-    for row in runs[runs["variant"] != "whole"].itertuples():
-        matters = "matters" if row.low > 0 else "helps when away" if row.high < 0 else "not told from 0"
-        paper = f"; paper {PAPER[row.variant]:+.4f} nats per token" if row.variant in PAPER else ""
-        lines.append(
-            f"seed {row.seed}, {row.variant}: {row.difference:+.4f} [{row.low:.4f}, {row.high:.4f}] bits per byte, {matters}{paper}"
-        )
+    for name, part in runs[runs["variant"] != "whole"].groupby("variant", sort=False):
+        costs = ", ".join(f"{r.difference:+.4f} [{r.low:.4f}, {r.high:.4f}]" for r in part.itertuples())
+        matters, helps = (part["low"] > 0).sum(), (part["high"] < 0).sum()
+        verdict = f"matters in {matters} of {len(part)} seeds" + (f", helps when away in {helps}" if helps else "")
+        paper = f"; paper {PAPER[name]:+.4f} nats per token" if name in PAPER else ""
+        lines.append(f"{name}: {costs} bits per byte by seed, {verdict}{paper}")
     return lines, differences_figure(runs, "One part away at a time", "the whole memory")
 
 

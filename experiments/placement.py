@@ -2,7 +2,8 @@
 
 Every single block, and every pair at the same number of table columns (paper section 6.2, figure 5: block 2 of 12 alone is best,
 a pair with a later block slightly better). Differences are against the first single block; "before attention" of block 0 means that
-no context has been read yet. Costs 10 runs of 4 M tokens, about an hour and a quarter of one core.
+no context has been read yet. Costs 10 runs of 1 M tokens a seed; `experiments/README.md` has
+the hours.
 """
 
 from __future__ import annotations
@@ -37,19 +38,24 @@ def variants(config: TrainingStudyConfig, base: TrainConfig) -> tuple[Variant, .
 
 
 def conclude(config: TrainingStudyConfig, articles: pd.DataFrame) -> tuple[list[str], go.Figure]:
-    """The best single block and the best pair of every seed."""
+    """The best single block and the best pair of every seed, and the pair against the block."""
     runs = compare_runs(articles, "block-0")
     lines = []
     for seed, part in runs.groupby("seed"):
         loss = part.set_index("variant")["nats_per_token"]
         single, pair = (str(loss[[n for n in loss.index if n.startswith(p)]].idxmin()) for p in ("block-", "blocks-"))
-        best = part.set_index("variant").loc[single]
+        first = part.set_index("variant").loc[single]
+        gap = compare_runs(articles[articles["seed"] == seed], single).set_index("variant").loc[pair]
         lines.append(
-            f"seed {seed}: best single {single} ({loss[single]:.4f} nats per token; against block 0 {best['difference']:+.4f} "
-            f"[{best['low']:.4f}, {best['high']:.4f}] bits per byte), best pair {pair} ({loss[pair]:.4f}); "
+            f"seed {seed}: best single {single} ({loss[single]:.4f} nats per token; {_gap(first)} bits per byte against block 0), "
+            f"best pair {pair} ({loss[pair]:.4f}; {_gap(gap)} against that single); "
             "paper: the second block alone, a pair with a later one slightly better"
         )
     return lines, differences_figure(runs, "Where the memory lies", "block 0 alone")
+
+
+def _gap(row: pd.Series) -> str:
+    return f"{row['difference']:+.4f} [{row['low']:.4f}, {row['high']:.4f}]"
 
 
 STUDY = TrainingStudy("placement", TrainingStudyConfig, conclude, variants)

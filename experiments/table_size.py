@@ -2,7 +2,8 @@
 
 Rows from a quarter to 32 times the vocabulary a head (paper section 3.2, figure 3 right: -0.028 nats per factor of ten). The answer
 is the slope of nats per token against log10 of the rows, per article and then averaged, so that its interval is over articles; it
-agrees with the paper in kind when the interval lies below 0. Costs 8 runs of 4 M tokens, about an hour of one core.
+agrees with the paper in kind when the interval lies below 0. Costs 8 runs of 1 M tokens a seed;
+`experiments/README.md` has the hours.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from engram_interp.runs.atomic import write_atomically
-from engram_interp.runs.folder import list_runs, open_run
+from engram_interp.runs.folder import OpenRun, list_runs, open_run
 from engram_interp.studies.program import HEADLINE, SPEED
 
 HEADER = """# Experiments
@@ -49,15 +49,25 @@ def collect_results(runs: Path, results: Path) -> list[str]:
     for run in list_runs(runs) if runs.is_dir() else []:
         if run.status != "done" or run.name != run.study or not (run.path / HEADLINE).is_file():
             continue
-        kept = open_run(run.path).manifest.model_dump(include=set(_KEPT))
+        opened = open_run(run.path)
+        kept = opened.manifest.model_dump(include=set(_KEPT))
         kept["headline"] = (run.path / HEADLINE).read_text(encoding="utf-8").splitlines()
-        speed = run.path / SPEED  # training studies have none
+        speed = run.path / SPEED  # training studies have none: they have trained tokens and minutes
         kept["speed"] = json.loads(speed.read_text(encoding="utf-8")) if speed.is_file() else None
+        kept["training"] = _training(opened)
         results.mkdir(exist_ok=True)
         text = json.dumps(kept, indent=1, sort_keys=True) + "\n"
         write_atomically(results / f"{run.study}.json", lambda part, text=text: part.write_text(text, encoding="utf-8"))
         taken.append(run.study)
     return taken
+
+
+def _training(run: OpenRun) -> dict[str, float] | None:
+    """Runs, tokens and hours that a training study took; None for every other study."""
+    if not {"articles", "runs"} <= set(run.manifest.tables):
+        return None
+    runs = run.table("runs")
+    return {"runs": len(runs), "tokens": int(runs["trained_tokens"].sum()), "hours": float(runs["minutes"].sum() / 60)}
 
 
 def _result(study: str, file: Path) -> str:
@@ -69,6 +79,9 @@ def _result(study: str, file: Path) -> str:
     if kept["speed"]:
         where += f"; {kept['speed']['items_per_second']:.1f} items/s under {kept['speed']['conditions']} conditions, "
         where += f"{kept['speed']['workers']} processes"
+    if cost := kept.get("training"):
+        where += f"; {cost['runs']} runs, {cost['tokens'] / 1e6:.1f} M tokens, {cost['hours']:.2f} hours of one core"
+    where = where.removeprefix("; ")  # a study that trains its models names none
     return f"\n### {study}\n\n{where}\n\n```\n" + "\n".join(kept["headline"]) + "\n```\n"
 
 
