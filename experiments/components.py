@@ -27,11 +27,11 @@ def conclude(config: TrainingStudyConfig, articles: pd.DataFrame) -> tuple[list[
     runs = compare_runs(articles, "whole")
     lines = []
     for name, part in runs[runs["variant"] != "whole"].groupby("variant", sort=False):
-        costs = ", ".join(f"{r.difference:+.4f} [{r.low:.4f}, {r.high:.4f}]" for r in part.itertuples())
+        costs = ", ".join(f"seed {r.seed} {r.difference:+.4f} [{r.low:.4f}, {r.high:.4f}]" for r in part.itertuples())
         matters, helps = (part["low"] > 0).sum(), (part["high"] < 0).sum()
         verdict = f"matters in {matters} of {len(part)} seeds" + (f", helps when away in {helps}" if helps else "")
         paper = f"; paper {PAPER[name]:+.4f} nats per token" if name in PAPER else ""
-        lines.append(f"{name}: {costs} bits per byte by seed, {verdict}{paper}")
+        lines.append(f"{name}: {costs} bits per byte, {verdict}{paper}")
     return lines, differences_figure(runs, "One part away at a time", "the whole memory")
 
 

@@ -17,6 +17,7 @@ from engram_interp.runs import open_run
 from engram_interp.studies import training_study
 from engram_interp.studies.commands import training_main as main
 from engram_interp.studies.config import load_study_config
+from engram_interp.studies.readme import collect_results
 from engram_interp.studies.training_study import Variant, compare_runs, with_changes
 from engram_interp.training.config import ConfigError, TrainConfig
 
@@ -84,13 +85,15 @@ def test_a_study_trains_compares_and_resumes(study_file, tmp_path, capsys, monke
 def test_every_study_runs_at_the_size_of_seconds(name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(EXPERIMENTS.parent)
     study = importlib.import_module(f"experiments.{name}").STUDY
-    assert main(study, [f"experiments/configs/{name}.yaml", "--smoke", "--out", str(tmp_path / "run")]) == 0
+    assert main(study, [f"experiments/configs/{name}.yaml", "--smoke", "--out", str(tmp_path / name)]) == 0
     assert "seed 0" in capsys.readouterr().out
-    run = open_run(tmp_path / "run")
-    runs = run.table("runs")
+    runs = open_run(tmp_path / name).table("runs")
     assert (runs["trained_tokens"] <= 4096).all()
     assert np.isfinite(runs[["nats_per_token", "difference", "low", "high"]].to_numpy()).all()
-    assert "seed 0" in (tmp_path / "run" / "headline.txt").read_text()
+    assert "seed 0" in (tmp_path / name / "headline.txt").read_text()
+    assert collect_results(tmp_path, tmp_path / "results") == [name]
+    cost = json.loads((tmp_path / "results" / f"{name}.json").read_text())["training"]
+    assert (cost["runs"], cost["tokens"]) == (len(runs), runs["trained_tokens"].sum())
 
 
 def base_of(name: str):

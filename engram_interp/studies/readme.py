@@ -62,7 +62,7 @@ def collect_results(runs: Path, results: Path) -> list[str]:
     return taken
 
 
-def _training(run: OpenRun) -> dict[str, float] | None:
+def _training(run: OpenRun) -> dict[str, int | float] | None:
     """Runs, tokens and hours that a training study took; None for every other study."""
     if not {"articles", "runs"} <= set(run.manifest.tables):
         return None
