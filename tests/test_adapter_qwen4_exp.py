@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer
 
 from engram_interp.memory import Engram
+from engram_interp.memory.row_reader import TableError
+from engram_interp.models.adapters.assemble import RESIDENT_BYTES
 from engram_interp.models.adapters.opening import kind_of, open_model
 from engram_interp.models.adapters.qwen4_exp import Qwen4ExpModel, open_qwen4_exp
 from engram_interp.models.adapters.qwen4_exp_memory import open_qwen4_exp_memory
@@ -30,9 +32,10 @@ def directory(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) ->
     return path
 
 
-@pytest.fixture(scope="module")
-def model(directory: Path) -> Qwen4ExpModel:
-    return open_model(directory)
+@pytest.fixture(scope="module", params=[RESIDENT_BYTES, 0], ids=["loaded", "mapped"])
+def model(directory: Path, request: pytest.FixtureRequest) -> Qwen4ExpModel:
+    """With its table in memory, and left in its files: whatever holds for one holds for the other."""
+    return open_qwen4_exp(directory, resident_bytes=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,17 @@ def test_logits_equal_plain_transformers_bit_for_bit(
     assert torch.equal(model(tokens), expected)
     assert torch.equal(model.run_with_cache(tokens)[0], expected)
     assert isinstance(model, MemoryModel)
+
+
+@pytest.mark.parametrize("device_map", [None, "cpu"])
+def test_a_mapped_table_is_no_part_of_the_host(directory: Path, tokens: torch.Tensor, device_map: str | None) -> None:
+    loaded = open_qwen4_exp(directory)
+    mapped = open_qwen4_exp(directory, device_map, resident_bytes=0)
+    missing = set(loaded.host.state_dict()) - set(mapped.host.state_dict())
+    assert missing == {"model.layers.1.ple.ple_embedding.ngram_embedding.weight"}
+    assert torch.equal(mapped(tokens), loaded(tokens))
+    with pytest.raises(TableError, match=r"expected a table in memory, found .* stays in its file"):
+        _ = mapped.engram(1).table.weight
 
 
 def test_saved_table_is_sharded_and_the_plain_layout_opens_the_same(
@@ -201,7 +215,9 @@ def test_a_conditional_generation_checkpoint_opens_as_text(tokenizer: Tokenizer,
     (tmp_path / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     tokens = torch.tensor([[5, 9, 30, 7]])
     with torch.no_grad():
-        assert torch.equal(open_model(tmp_path)(tokens), host(input_ids=tokens, use_cache=False).logits)
+        expected = host(input_ids=tokens, use_cache=False).logits
+        assert torch.equal(open_model(tmp_path)(tokens), expected)
+        assert torch.equal(open_qwen4_exp(tmp_path, resident_bytes=0)(tokens), expected)
     assert open_model(tmp_path, memory_only=True).engram_layers == (1,)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from engram_interp.memory import Engram, EngramOptions, NgramHash
-from engram_interp.memory.row_reader import RowReader
+from engram_interp.memory.row_reader import RowReader, TableError
 from engram_interp.models.adapters.tensors import AdapterError
 from engram_interp.shapes import Float, Int64, Tensor
 
@@ -36,6 +36,26 @@ class StoredTable(nn.Module):
         unique, where = np.unique(rows.cpu().numpy(), return_inverse=True)
         values = torch.from_numpy(self.reader.read(unique)).to(rows.device)
         return values[torch.from_numpy(where.reshape(-1)).to(rows.device)].view(*rows.shape[:-1], -1)
+
+    @property
+    def weight(self) -> Tensor:
+        """Raises: TableError: what needs the whole table in memory cannot be had of one that stays in its file."""
+        raise TableError(
+            f"expected a table in memory, found {self.reader.name} with {self.reader.rows:,} rows, which stays in its file"
+        )
+
+
+class StoredEmbedding(StoredTable):
+    """A `StoredTable` called like `nn.Embedding`, for a host's own code; its `weight` has a shape and no values."""
+
+    def forward(self, rows: Int64[Tensor, "B T S"]) -> Float[Tensor, "B T S head"]:
+        """The rows, one by one."""
+        return super().forward(rows).unflatten(-1, (rows.shape[-1], -1))
+
+    @property
+    def weight(self) -> Tensor:
+        """On the meta device, where hosts look for the device to send ids to: they stay where they are."""
+        return torch.empty(self.reader.rows, self.reader.width, device="meta")
 
 
 def assemble_engram(

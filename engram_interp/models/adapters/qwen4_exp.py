@@ -12,6 +12,7 @@ them in one.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from types import MethodType
 
@@ -21,9 +22,10 @@ from torch import nn
 
 from engram_interp.memory import CompressedVocabulary, Engram, EngramOptions, NgramHash
 from engram_interp.memory.in_memory_rows import InMemoryRows
-from engram_interp.models.adapters.assemble import assemble_engram
+from engram_interp.memory.row_reader import RowReader
+from engram_interp.models.adapters.assemble import RESIDENT_BYTES, StoredEmbedding, assemble_engram
 from engram_interp.models.adapters.hosted import HostedModel, HostLayout, load_host
-from engram_interp.models.adapters.qwen4_exp_memory import VARIANT, regenerate, require_equal
+from engram_interp.models.adapters.qwen4_exp_memory import VARIANT, open_tables, regenerate, require_equal
 from engram_interp.models.adapters.tensors import AdapterError, TensorFiles, fingerprint, read_json
 from engram_interp.models.checkpoint import CONFIG, load_tokenizer
 from engram_interp.models.protocol import ModelIdentity
@@ -33,20 +35,24 @@ from engram_interp.shapes import Int64, Tensor
 MODEL_TYPES = ("qwen4_exp", "qwen4_exp_text")
 
 
-def open_qwen4_exp(directory: Path, device_map: str | None = None) -> Qwen4ExpModel:
+def open_qwen4_exp(
+    directory: Path, device_map: str | None = None, *, resident_bytes: int = RESIDENT_BYTES
+) -> Qwen4ExpModel:
     """Open a checkpoint directory, its table in one tensor or in shards, with transformers' `Qwen4ExpForCausalLM` in
     float32.
 
-    Args: device_map: as `load_host`; transformers keeps the table out of it, on the CPU.
+    Args: device_map: as `load_host`; the table takes no part in it. resident_bytes: a table beyond this in float32 is not loaded:
+        it stays in its files, mapped, and every forward reads the rows that it addresses.
     Raises: AdapterError for anything missing, extra, misshaped, damaged, or hash constants that the configuration
         contradicts.
     """
-    from transformers import Qwen4ExpForCausalLM
-
     if read_json(directory / CONFIG).get("model_type") not in MODEL_TYPES:
         raise AdapterError(f"{directory / CONFIG}: expected model_type {' or '.join(MODEL_TYPES)}")
     tokenizer = load_tokenizer(directory)
-    host = load_host(directory, Qwen4ExpForCausalLM, device_map)
+    tables = {
+        block: table for block, table in open_tables(directory).items() if 4 * table.rows * table.width > resident_bytes
+    }
+    host = load_host(directory, _host_class(tables), device_map)
     identity = ModelIdentity(
         directory.resolve().name, fingerprint(TensorFiles(directory).files), directory.name, "qwen4_exp"
     )
@@ -87,6 +93,23 @@ class Qwen4ExpModel(HostedModel):
         mask = torch.ones_like(tokens)
         with self.lock:
             return self.host.generate(tokens, attention_mask=mask, **options)  # type: ignore[operator]
+
+
+def _host_class(stored: Mapping[int, RowReader]) -> type:
+    """Transformers' class, with the tables of some blocks left in their files: it neither makes nor loads them."""
+    from transformers import Qwen4ExpForCausalLM
+
+    class Host(Qwen4ExpForCausalLM):
+        def __init__(self, config: object) -> None:
+            super().__init__(config)
+            for block, reader in stored.items():
+                self.model.layers[block].ple.ple_embedding.ngram_embedding = StoredEmbedding(reader)
+
+    tables = [rf"layers\.{block}\.ple\.ple_embedding\.ngram_embedding\." for block in stored]
+    # By name and module transformers finds how checkpoints name their tensors.
+    Host.__name__, Host.__module__ = Qwen4ExpForCausalLM.__name__, Qwen4ExpForCausalLM.__module__
+    Host._keys_to_ignore_on_load_unexpected = [*Qwen4ExpForCausalLM._keys_to_ignore_on_load_unexpected, *tables]
+    return Host
 
 
 def _hooked_forward(engram: Engram, hook_out: nn.Module):  # noqa: ANN202 - a method for one PLE layer
@@ -138,11 +161,13 @@ def _site_of(ple: nn.Module, config: object, block: int) -> EngramSite:
         streams=config.hc_count,  # type: ignore[attr-defined]
         regenerated=regenerated,
         stored=stored,
-        rows=InMemoryRows(
-            embedding.ngram_embedding.weight, f"model.layers.{block}.ple.ple_embedding.ngram_embedding.weight"
-        ),
+        rows=_rows(embedding.ngram_embedding, f"model.layers.{block}.ple.ple_embedding.ngram_embedding.weight"),
         numbered_rows=True,
     )
+
+
+def _rows(table: nn.Module, name: str) -> RowReader:
+    return table.reader if isinstance(table, StoredEmbedding) else InMemoryRows(table.weight, name)  # type: ignore[arg-type]
 
 
 def _stored(embedding: nn.Module) -> HashConstants:
@@ -164,11 +189,12 @@ def _engram_of(ple: nn.Module, config: object, constants: HashConstants) -> Engr
     ngram_hash = NgramHash(
         vocabulary, constants.multipliers or (), constants.primes or (), pad=eos, boundary="reset", eos=eos
     )
-    table = ple.ple_embedding.ngram_embedding.weight
+    embedding = ple.ple_embedding.ngram_embedding
+    table = embedding.reader if isinstance(embedding, StoredEmbedding) else embedding.weight
     options = EngramOptions(
         width=ple.hidden_size,
         branches=ple.hc_count,
-        head_width=table.shape[1],
+        head_width=embedding.weight.shape[1],
         conv_kernel=ple.conv1d.weight.shape[-1],
         conv_dilation=ple.conv1d.dilation[0],
         gate_eps=eps,
@@ -182,4 +208,4 @@ def _engram_of(ple: nn.Module, config: object, constants: HashConstants) -> Engr
         "conv_norm": 1.0 + ple.norm_conv.weight.view(streams),
         "conv": ple.conv1d.weight.view(*streams, -1),
     }
-    return assemble_engram(ngram_hash, options, weights, table)
+    return assemble_engram(ngram_hash, options, weights, table, resident_bytes=0)

@@ -78,19 +78,36 @@ def open_qwen4_exp_memory(directory: Path, *, resident_bytes: int = RESIDENT_BYT
 
     Raises: AdapterError for anything missing, damaged, misshaped, or constants that the configuration contradicts.
     """
-    values = read_json(directory / CONFIG)
-    text = values.get("text_config")
-    config = read_config(Qwen4ExpMemoryConfig, values | text if isinstance(text, dict) else values, directory / CONFIG)
+    config = _read_config(directory)
     files = TensorFiles(directory)
     vocabulary = CompressedVocabulary.identity(config.vocab_size)
-    layers = sorted(set(config.ple_layer_ids))
     sites = [
-        _open_site(files, config, vocabulary, layer - 1, index, resident_bytes) for index, layer in enumerate(layers)
+        _open_site(files, config, vocabulary, block, index, resident_bytes)
+        for index, block in enumerate(_blocks(config))
     ]
     identity = ModelIdentity(directory.resolve().name, fingerprint(files.opened), directory.name, "qwen4_exp")
     tokenizer = load_tokenizer(directory)
     head = partial(open_stored_head, files, tokenizer.get_vocab_size(), config.hidden_size)
     return StandaloneMemory(sites, tokenizer, identity, head)
+
+
+def open_tables(directory: Path) -> dict[int, RowReader]:
+    """The tables of a checkpoint directory by block, mapped.
+
+    Raises: AdapterError for anything missing or damaged.
+    """
+    files = TensorFiles(directory)
+    return {block: _open_table(files, _find_prefix(files, block)) for block in _blocks(_read_config(directory))}
+
+
+def _read_config(directory: Path) -> Qwen4ExpMemoryConfig:
+    values = read_json(directory / CONFIG)
+    text = values.get("text_config")
+    return read_config(Qwen4ExpMemoryConfig, values | text if isinstance(text, dict) else values, directory / CONFIG)
+
+
+def _blocks(config: Qwen4ExpMemoryConfig) -> list[int]:
+    return [layer - 1 for layer in sorted(set(config.ple_layer_ids))]
 
 
 def regenerate(config: object, index: int) -> HashConstants:
@@ -133,7 +150,7 @@ def _open_site(
     resident_bytes: int,
 ) -> EngramSite:
     prefix = _find_prefix(files, block)
-    table = _open_table(files, f"{prefix}ple_embedding.ngram_embedding")
+    table = _open_table(files, prefix)
     stored = _stored(files, f"{prefix}ple_embedding.", config, table.rows)  # first: it bounds how many primes to seek
     regenerated = regenerate(config, index)
     require_equal(stored, regenerated, f"{files.path}: block {block}")
@@ -187,7 +204,8 @@ def _find_prefix(files: TensorFiles, block: int) -> str:
     return found[0]
 
 
-def _open_table(files: TensorFiles, stem: str) -> RowReader:
+def _open_table(files: TensorFiles, prefix: str) -> RowReader:
+    stem = f"{prefix}ple_embedding.ngram_embedding"
     name = f"{stem}.weight" if f"{stem}.weight" in files.names else f"{stem}.shard_*.weight"
     try:
         return open_safetensors_rows(files.path, name)
