@@ -77,7 +77,7 @@ def _result(study: str, file: Path) -> str:
     models = ", ".join(f"{name} {digest[:12]}" for name, digest in kept["models"].items())
     where = f"{models}; seeds {', '.join(map(str, kept['seeds']))}; {kept['finished']}; commit {kept['commit'] or 'unknown'}"
     if kept["speed"]:
-        where += f"; {kept['speed']['items_per_second']:.1f} items/s under {kept['speed']['conditions']} conditions, "
+        where += f"; {kept['speed']['items_per_second']:.3g} items/s under {kept['speed']['conditions']} conditions, "
         where += f"{kept['speed']['workers']} processes"
     if cost := kept.get("training"):
         where += f"; {cost['runs']} runs, {cost['tokens'] / 1e6:.1f} M tokens, {cost['hours']:.2f} hours of one core"
