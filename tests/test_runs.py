@@ -64,6 +64,19 @@ def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
         pass
 
 
+def test_a_run_can_be_given_more_seeds_but_no_others(tmp_path):
+    make_run(tmp_path / "r")
+    with start_run(tmp_path / "r", **ARGUMENTS | {"seeds": [0, 1]}):
+        pass
+    assert open_run(tmp_path / "r").manifest.seeds == [0, 1]
+    for seeds in ([0], [1, 0], [2]):
+        with (
+            pytest.raises(RunError, match="another seeds"),
+            start_run(tmp_path / "r", **ARGUMENTS | {"seeds": seeds}),
+        ):
+            pass
+
+
 def test_a_run_of_other_software_is_not_continued(tmp_path):
     make_run(tmp_path / "r")
     edit(

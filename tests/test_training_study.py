@@ -57,7 +57,8 @@ def checkout_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_a_study_trains_compares_and_resumes(study_file, tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
-    assert main(sweep(), [str(study_file), "--seeds", "1", "2", "--out", str(out)]) == 0
+    assert main(sweep(), [str(study_file), "--seeds", "1", "--out", str(out)]) == 0
+    assert main(sweep(), [str(study_file), "--seeds", "1", "2", "--out", str(out)]) == 0  # another seed, later
     assert "seed 1: best is " in capsys.readouterr().out
     run = open_run(out)
     runs = run.table("runs").set_index(["variant", "seed"])

@@ -108,7 +108,8 @@ def start_run(
     models: Mapping[str, str],
     texts_sha256: str,
 ) -> Iterator[RunFolder]:
-    """Start a run, or go on with one that was stopped; records done, failed or cancelled on the way out.
+    """Start a run, or go on with one: one that was stopped, or a finished one that is given more seeds after its own. Records
+    done, failed or cancelled on the way out.
 
     Raises: RunError when the folder holds something else, or a run of another configuration, model, text, seed or
         software version.
@@ -136,7 +137,9 @@ def start_run(
 def _continued(path: Path, fresh: Manifest) -> Manifest:
     old = read_manifest(path)
     for key in ("study", "config", "models", "texts_sha256", "seeds", "versions"):
-        if (was := getattr(old, key)) != (wanted := getattr(fresh, key)):
+        was, wanted = getattr(old, key), getattr(fresh, key)
+        more_seeds = key == "seeds" and wanted[: len(was)] == was
+        if was != wanted and not more_seeds:
             raise RunError(
                 f"{path}: holds a run with another {key} (expected {wanted}, found {was}); choose another folder"
             )
