@@ -13,6 +13,7 @@ the manifest of a run killed with SIGKILL still says "running".
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -138,7 +139,8 @@ def _continued(path: Path, fresh: Manifest) -> Manifest:
     for key in ("study", "config", "models", "texts_sha256", "seeds", "versions"):
         if (was := getattr(old, key)) != (wanted := getattr(fresh, key)):
             raise RunError(
-                f"{path}: holds a run with another {key} (expected {wanted}, found {was}); choose another folder"
+                f"{path}: holds a run with another {key} (expected {wanted}, found {was}); to have it made again delete it (rm -r "
+                f"{shlex.quote(str(path))}), or keep it and name another folder with --out"
             )
     return fresh.model_copy(update={"started": old.started, "tables": old.tables, "tensors": old.tensors})
 
