@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from transformer_lens.hook_points import HookPoint
 
 from engram_interp.hooks import (
     KINDS,
@@ -19,7 +20,8 @@ from engram_interp.hooks import (
     fit_optimal_constants,
     write_kinds,
 )
-from engram_interp.hooks.row_kinds import quantise_rows
+from engram_interp.hooks.row_kinds import hash_permute, hash_reseed, quantise_rows
+from engram_interp.hooks.site import Site
 from engram_interp.hooks.write_kinds import random_directions
 from tests.ablation_options import OPTIONS
 
@@ -59,12 +61,24 @@ def test_every_kind_changes_the_output_alike_in_any_batch_and_goes_away(kind, ti
     assert torch.equal(tiny_engram(tokens), before)
 
 
-@pytest.mark.parametrize("kind", ["equal_norm_random", "resample", "hash_permute"])
+@pytest.mark.parametrize("kind", ["equal_norm_random", "resample", "hash_permute", "hash_reseed"])
 def test_the_seed_decides_what_a_random_kind_puts_in(kind, tiny_engram, tokens, statistics):
     fitted = {"statistics": statistics} if kind == "resample" else {}
     first, again, other = (run(tiny_engram, tokens, kind, seed=seed, **fitted) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert (first - other).abs().amax() > 1e-4
+
+
+@pytest.mark.parametrize("kind", [hash_permute, hash_reseed])
+def test_two_memories_are_not_rehashed_alike(kind, tiny_engram):
+    """One n-gram must not meet the same fate in both memories: as shares of their head's rows, the new slots differ."""
+    places = []
+    for block in tiny_engram.engram_layers:
+        site = Site(tiny_engram, block)
+        slots = torch.ones(1, 1, site.memory.ngram_hash.heads * 2, dtype=torch.int64)
+        ((_, rehash),) = kind(site, seed=3)
+        places.append(rehash(slots, HookPoint())[0, 0] / torch.tensor(site.memory.ngram_hash.sizes))
+    assert (places[0] - places[1]).abs().amax() > 0.2
 
 
 def test_the_bank_of_random_directions_is_the_one_of_its_seed(tiny_engram, tokens, monkeypatch):
