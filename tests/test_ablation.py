@@ -9,9 +9,20 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from transformer_lens.hook_points import HookPoint
 
-from engram_interp.hooks import KINDS, AblationError, ablate, collect_memory_statistics, controls, fit_optimal_constants
-from engram_interp.hooks.row_kinds import quantise_rows
+from engram_interp.hooks import (
+    KINDS,
+    AblationError,
+    ablate,
+    collect_memory_statistics,
+    controls,
+    fit_optimal_constants,
+    write_kinds,
+)
+from engram_interp.hooks.row_kinds import hash_permute, hash_reseed, quantise_rows
+from engram_interp.hooks.site import Site
+from engram_interp.hooks.write_kinds import random_directions
 from tests.ablation_options import OPTIONS
 
 
@@ -50,12 +61,41 @@ def test_every_kind_changes_the_output_alike_in_any_batch_and_goes_away(kind, ti
     assert torch.equal(tiny_engram(tokens), before)
 
 
-@pytest.mark.parametrize("kind", ["equal_norm_random", "resample", "hash_permute"])
+@pytest.mark.parametrize("kind", ["equal_norm_random", "resample", "hash_permute", "hash_reseed"])
 def test_the_seed_decides_what_a_random_kind_puts_in(kind, tiny_engram, tokens, statistics):
     fitted = {"statistics": statistics} if kind == "resample" else {}
     first, again, other = (run(tiny_engram, tokens, kind, seed=seed, **fitted) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert (first - other).abs().amax() > 1e-4
+
+
+@pytest.mark.parametrize("kind", [hash_permute, hash_reseed])
+def test_two_memories_are_not_rehashed_alike(kind, tiny_engram):
+    """One n-gram must not meet the same fate in both memories: as shares of their head's rows, the new slots differ."""
+    places = []
+    for block in tiny_engram.engram_layers:
+        site = Site(tiny_engram, block)
+        slots = torch.ones(1, 1, site.memory.ngram_hash.heads * 2, dtype=torch.int64)
+        ((_, rehash),) = kind(site, seed=3)
+        places.append(rehash(slots, HookPoint())[0, 0] / torch.tensor(site.memory.ngram_hash.sizes))
+    assert (places[0] - places[1]).abs().amax() > 0.2
+
+
+def test_the_bank_of_random_directions_is_the_one_of_its_seed(tiny_engram, tokens, monkeypatch):
+    """With every position held at one donor, what is put in comes from the bank alone; its numbers are pinned."""
+    first, again, other = (random_directions(1, 2, 32, seed) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert first.shape == (512, 2, 32) and not torch.allclose(first[3], other[3], atol=0.1)
+    assert not torch.allclose(first[3], random_directions(3, 2, 32, 0)[3], atol=0.1), "two memories draw alike"
+    torch.testing.assert_close(first[0, 0, :3], torch.tensor([-0.28855, -0.14190, -0.12369]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(other[0, 0, :3], torch.tensor([-0.34130, -0.08644, 0.03074]), atol=1e-4, rtol=0)
+    monkeypatch.setattr(write_kinds, "choose_donors", lambda slots, count, seed: torch.full(slots.shape[:2], 7))
+    name = "blocks.1.hook_engram_out"
+    for seed, bank in ((0, first), (1, other)):
+        with ablate(tiny_engram, "equal_norm_random", seed=seed):
+            _, cache = tiny_engram.run_with_cache(tokens, name)
+        cosine = torch.nn.functional.cosine_similarity(cache[name], bank[7], dim=-1)
+        torch.testing.assert_close(cosine, torch.ones_like(cosine))
 
 
 @pytest.mark.parametrize("kind", KINDS)

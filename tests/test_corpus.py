@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -95,6 +96,14 @@ def test_damaged_files_are_errors_not_short_corpora(tmp_path: Path) -> None:
         list(read_jsonl(tmp_path / "absent.jsonl"))
     with pytest.raises(CorpusError, match="no such file"):
         list(read_jsonl(tmp_path / "absent.jsonl.zst"))
+
+
+def test_without_zstandard_a_packed_file_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    path = write(tmp_path / "c.jsonl.zst", zstandard.compress(LINES))
+    with pytest.raises(CorpusError, match=r"c\.jsonl\.zst: packed.*pip install 'engram-interp\[training\]'"):
+        list(read_jsonl(path))
+    assert len(list(read_jsonl(write(tmp_path / "c.jsonl", LINES)))) == LINES.count(b"\n")
 
 
 def test_the_split_keeps_one_title_in_a_hundred_apart() -> None:

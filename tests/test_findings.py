@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,9 +51,9 @@ def test_the_run_folder_holds_the_table_and_what_it_was_read_from(found):
     assert json.loads((out / "findings.json").read_text())[0]["rule"]
 
 
-def _gates(estimate):
-    summary = GateSummary(1, 0, estimate, {}, 0.0, {}, {"entity-final": estimate}, {}, estimate)
-    return GateStatistics((summary, summary), (), (), 0, 50, Provenance({}, "", 50, {}))
+def _gates(first, second=None):
+    both = [GateSummary(1, 0, e, {}, 0.0, {}, {"entity-final": e}, {}, e) for e in (first, second or first)]
+    return GateStatistics(tuple(both), (), (), 0, 50, Provenance({}, "", 50, {}))
 
 
 def test_the_gate_rule_is_corrected_for_the_number_of_gates():
@@ -65,3 +66,26 @@ def test_the_gate_rule_is_corrected_for_the_number_of_gates():
     assert findings._gate_finding(_gates(barely), "entity-final", "a name").verdict == "not supported", (
         "one of two tests at 95 % is not 95 %"
     )
+
+
+def test_a_quick_sample_holds_no_unmet_rule_against_a_claim():
+    """Not excluding 0 on half of the sentences is no finding; an interval that excludes it is, and so are gates that disagree."""
+    verdict = lambda *gaps: findings._gate_finding(_gates(*gaps), "entity-final", "a name", quick=True).verdict  # noqa: E731
+    clear, barely = Estimate(0.2, 0.15, 0.25, 0.025, 50), Estimate(0.053, 0.003, 0.103, 0.025, 50)
+    below = replace(clear, value=-0.2, low=-0.25, high=-0.15)
+    assert verdict(clear) == "supported" and verdict(below) == "opposite"
+    assert verdict(barely) == verdict(clear, barely) == "not decided (quick)"
+    assert verdict(clear, below) == "not supported"
+
+
+def test_every_rule_knows_the_quick_form(found):
+    """The results of random models, judged as a quick sample: nothing is turned down."""
+    result, nan = found[0], float("nan")
+    lens, cka = findings._lens_finding(result.lens_null, result.lens, True), findings._cka_finding(result.cka, True)
+    rows = [lens, cka, *findings._ablation_findings(result.ablation, True)]
+    assert not {row.verdict for row in rows} & {"not supported", "refused"}
+    unclear = SimpleNamespace(retained_above_chance=nan)
+    assert [findings._selective_verdict(unclear, unclear, q) for q in (False, True)] == [
+        "refused",
+        "not decided (quick)",
+    ]

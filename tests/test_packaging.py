@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -81,6 +85,86 @@ def test_entry_point_and_licence(wheel: Path, members: list[str]):
         entry_points = archive.read("engram_interp-0.1.0.dist-info/entry_points.txt").decode()
     assert "engram-interp = engram_interp.cli:main" in entry_points
     assert "engram_interp-0.1.0.dist-info/licenses/LICENSE" in members
+
+
+# -- from the installed wheel, outside the checkout ------------------------------------------------------------------------
+
+# The report on a tenth of the sentences: the whole way from the bundled checkpoints to the page, in seconds.
+REPORT = """
+import sys
+import engram_interp.cli
+from engram_interp.studies import report
+whole = report.load_gallery()
+report.load_gallery = lambda: tuple(s for i, s in enumerate(whole) if i % 5 == 0 or s.category == "figure-7")
+sys.argv = ["engram-interp", "report", "--quick", "--items", "10", "--out", "out"]
+print(engram_interp.__file__, flush=True)
+engram_interp.cli.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `pip install --target` put the wheel; what it depends on is taken from this environment."""
+    target = tmp_path_factory.mktemp("site-packages")
+    install = ["install", "--quiet", "--no-deps", "--no-index", "--no-compile", "--target", str(target), str(wheel)]
+    run = subprocess.run([sys.executable, "-m", "pip", *install], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return target
+
+
+def environment_of(installed: Path) -> dict[str, str]:
+    """The installed package before the checkout that this environment may also know."""
+    return {**os.environ, "PYTHONPATH": str(installed), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def test_pip_puts_one_name_into_site_packages(installed: Path):
+    assert {path.name for path in installed.iterdir()} - {"bin"} == {"engram_interp", "engram_interp-0.1.0.dist-info"}
+    assert [path.name for path in (installed / "bin").iterdir()] == ["engram-interp"]
+
+
+@pytest.mark.slow
+def test_the_installed_wheel_writes_the_report(installed: Path, tmp_path: Path):
+    command = [sys.executable, "-P", "-c", REPORT]
+    environment = environment_of(installed)
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    used, said = run.stdout.splitlines()[:2]
+    assert Path(used).is_relative_to(installed)
+    assert said == "report: out/report.html"
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "mini-engram" in page and "Commit none (installed package)" in page
+    assert page.count('class="claim ') == 6 and page.count("<figure>") > 12
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}, "nothing is written beside what was asked for"
+
+
+@pytest.mark.slow
+def test_the_installed_wheel_serves_the_dashboard(installed: Path, tmp_path: Path):
+    pytest.importorskip("streamlit", reason="the dashboard needs the extra `app`")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-P", "-m", "engram_interp", "app", "--headless", "--port", str(port)]
+    environment = environment_of(installed)
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as server:
+        try:
+            for path, expected in (("/_stcore/health", "ok"), ("/", "<title>Streamlit</title>")):
+                assert expected in answer(f"http://127.0.0.1:{port}{path}", server)
+        finally:
+            server.terminate()
+
+
+def answer(address: str, server: subprocess.Popen, seconds: float = 120) -> str:
+    """The page at an address, as soon as the server answers with status 200."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with urllib.request.urlopen(address, timeout=10) as response:
+                assert response.status == 200
+                return response.read().decode()
+        except OSError:
+            assert server.poll() is None, "the server ended"
+            assert time.monotonic() < deadline, f"{address}: no answer in {seconds} s"
+            time.sleep(0.2)
 
 
 def test_every_named_dependency_is_pinned():

@@ -108,6 +108,8 @@ def test_text_of_a_claim_is_inert():
     assert "<script>" not in body
     assert "&lt;script&gt;alert(1)" in body
     assert "✗ opposite" in body
+    page.claim(Claim("c", "p", "h", "n", "r", "not decided (quick)"))
+    assert "? not decided (quick)</span>" in page.html()
     assert re.search(r'<a href="#s1">Section &lt;1&gt;</a>', body)
     assert len(text) < 10_000, "a page without figures is small"
 

@@ -54,7 +54,9 @@ def test_the_manifest_says_how_a_run_ended(tmp_path, error, status):
 def test_another_configuration_in_the_same_folder_is_refused(tmp_path):
     make_run(tmp_path / "r")
     with (
-        pytest.raises(RunError, match="another config"),
+        pytest.raises(
+            RunError, match=rf"another config.*delete it \(rm -r {tmp_path}/r\), or .* another folder with --out"
+        ),
         start_run(tmp_path / "r", **{**ARGUMENTS, "config": {"n": 4}}),
     ):
         pass

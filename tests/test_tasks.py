@@ -184,6 +184,24 @@ def test_effects_become_json_and_a_figure(effects):
     assert effects.provenance.models == {"tiny-engram": effects.provenance.models["tiny-engram"]}
 
 
+def test_provenance_names_the_seed_a_condition_really_drew_with(tiny_engram, texts):
+    """A given name hides the options from the label, and another seed gives other numbers: the record keeps them."""
+    task = Task("t", "facts", tuple(Item(t, t, ((5,),)) for t in texts[:3]), "test")
+
+    def measured(*conditions: Condition):
+        effects = ablation_effects(tiny_engram, [task], conditions)
+        logprobs = effects.items.pivot(index="item", columns="condition", values="logprob")
+        return logprobs, effects.provenance.options["condition_options"]
+
+    random = lambda seed, name="": Condition(kind="equal_norm_random", options={"seed": seed}, name=name)  # noqa: E731
+    logprobs, recorded = measured(random(3, "noise"), random(4), Condition(kind="equal_norm_random"))
+    assert recorded == {"noise": {"seed": 3}, "equal_norm_random seed=4": {"seed": 4}}
+    again, _ = measured(*(random(seed) for seed in (0, 3, 4)))
+    for name, seed in (("noise", 3), ("equal_norm_random seed=4", 4), ("equal_norm_random", 0)):  # unnamed: 0
+        assert logprobs[name].tolist() == again[f"equal_norm_random seed={seed}"].tolist()
+    assert (logprobs["noise"] - logprobs["equal_norm_random seed=4"]).abs().min() > 1e-4
+
+
 def test_conditions_are_checked_before_anything_runs(tiny_engram):
     task = Task("t", "f", ITEMS, "test")
     with pytest.raises(ValueError, match="unknown kind 'nothing'"):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, UseAppendAction
 
 from engram_interp.cli.output import app, show, show_json
 
@@ -147,12 +147,16 @@ def bench(
 
 @app.command(name="app")
 def dashboard(
-    *, model: tuple[Path, ...] = (), runs: Path | None = None, port: int | None = None, headless: bool = False
+    *,
+    model: UseAppendAction[tuple[Path, ...]] = (),
+    runs: Path | None = None,
+    port: int | None = None,
+    headless: bool = False,
 ) -> int:
     """Open the dashboard on the bundled models, and on the directories named here.
 
     Args:
-        model: Model directories the page may open besides.
+        model: A model directory the page may open besides; once per model.
         runs: A folder of run folders to show.
         port: Port to serve on.
         headless: Do not open a browser.

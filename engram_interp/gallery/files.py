@@ -39,8 +39,10 @@ class _ZstdFrames(io.RawIOBase):
 
 
 def _decompressed(path: Path) -> Generator[bytes, None, None]:
-    import zstandard
-
+    try:
+        import zstandard
+    except ModuleNotFoundError:
+        raise CorpusError(f"{path}: packed files need zstandard: pip install 'engram-interp[training]'") from None
     decompressor = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES)
     frame = decompressor.decompressobj()
     with path.open("rb") as file:
@@ -80,7 +82,7 @@ def read_jsonl(path: Path) -> Iterator[dict]:
     except FileNotFoundError:
         raise CorpusError(f"{path}: no such file") from None
     except Exception as error:  # noqa: BLE001 - zstandard.ZstdError, EOFError: both mean a damaged file
-        raise CorpusError(f"{path}, after line {number}: {error}") from None
+        raise CorpusError(f"{path}, after line {number}: damaged ({error})") from None
 
 
 def read_texts(path: Path) -> Iterator[str]:

@@ -66,14 +66,22 @@ def resample(site: Site, *, statistics: MemoryStatistics, seed: int = 0) -> list
     return [(site.inside("slots"), capture(seen, "slots")), (site.write, write)]
 
 
+def random_directions(block: int, branches: int, width: int, seed: int) -> Float[Tensor, "directions M D"]:
+    """The bank of `equal_norm_random`: unit vectors per branch, the same for a seed and block on every machine's CPU."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + block)
+    bank = torch.randn(_DIRECTIONS, branches, width, generator=generator)
+    return bank / bank.norm(dim=-1, keepdim=True)
+
+
 def equal_norm_random(site: Site, *, seed: int = 0) -> list[Hook]:
-    """Y = a random direction with the norm Y had, branch by branch."""
+    """Y = a random direction with the norm Y had, branch by branch.
+
+    `seed` draws both the bank of directions (`random_directions`) and which position takes which (`choose_donors`).
+    """
     seen: dict[str, Tensor] = {}
 
     def write(value: Tensor, hook: HookPoint) -> Tensor:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + site.block)
-        bank = torch.randn(_DIRECTIONS, *value.shape[2:], generator=generator)
-        bank = (bank / bank.norm(dim=-1, keepdim=True)).to(value)
+        bank = random_directions(site.block, value.shape[2], value.shape[3], seed).to(value)
         direction = bank[choose_donors(seen.pop("slots"), _DIRECTIONS, seed)]
         return site.put(value, direction * value.norm(dim=-1, keepdim=True), branched=True)
 

@@ -158,6 +158,9 @@ def _effects(
 
     texts = [f"{item.id}\t{item.prompt}\t{item.choices}" for task in tasks for item in task.items]
     options = {"tasks": [t.name for t in tasks], "conditions": [c.label for c in conditions], "seed": seed}
+    options["condition_options"] = {
+        c.label: dict(c.options) for c in conditions if c.options
+    }  # a given name hides them
     provenance = Provenance(
         {model.identity.name: model.identity.weights_sha256}, texts_hash(texts), len(texts), options
     )

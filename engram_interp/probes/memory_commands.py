@@ -7,16 +7,15 @@ either.
 
 from __future__ import annotations
 
-import io
 import json as json_module
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Protocol, runtime_checkable
 
 from tyro.conf import Positional, arg
 
+from engram_interp.gallery.files import read_texts
 from engram_interp.memory.gguf_rows import open_rows
 from engram_interp.memory.ngram_index import NgramIndex, build_index
 from engram_interp.memory.row_reader import RowReader
@@ -195,35 +194,6 @@ def open_source(path: str, block: int | None, tensor: str | None, base: str | No
 
 def _open(path: str, *, base: str | None) -> AddressedModel:
     return open_model(path, base=base)  # type: ignore[return-value] - every kind that is opened has a tokenizer
-
-
-def read_texts(path: Path) -> Iterator[str]:
-    """Texts of a file: the `text` of every line of `.jsonl` or `.jsonl.zst`, else every line that is not blank.
-
-    Raises: ValueError naming the first line that holds no text.
-    """
-    with _open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if ".jsonl" not in path.name:
-                if line.strip():
-                    yield line.rstrip("\n")
-                continue
-            try:
-                yield str(json_module.loads(line)["text"])
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{path}: line {number}: expected a JSON object with a 'text'") from None
-
-
-@contextmanager
-def _open_text(path: Path) -> Iterator[io.TextIOBase]:
-    if path.suffix != ".zst":
-        with path.open(encoding="utf-8") as file:
-            yield file
-        return
-    import zstandard
-
-    with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
-        yield io.TextIOWrapper(stream, encoding="utf-8")
 
 
 def _first(texts: Iterator[str], count: int) -> Iterator[str]:

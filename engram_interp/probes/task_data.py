@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from engram_interp.gallery.files import read_jsonl
 from engram_interp.probes.task_items import Item
 
-_WINDOW_BYTES = 2**27
 _KNOWN_FACT = 3  # training paragraphs that hold subject and object together before a fact counts as learnable
 _LEAST_DISTRACTORS = 3  # relations with fewer objects say little
 
@@ -47,7 +45,7 @@ class DataSource:
         Raises: ValueError naming the file and line, or a missing key.
         """
         try:
-            records = [(n, r) for n, r in enumerate(_read(path), start=1) if self.keep(r)]
+            records = [(n, r) for n, r in enumerate(read_jsonl(path), start=1) if self.keep(r)]
             every = [r for _, r in records]
             chosen = np.sort(rng.choice(len(records), size=min(limit or len(records), len(records)), replace=False))
             draw = _Draw(distractors, rng)
@@ -55,21 +53,6 @@ class DataSource:
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"{path}: not the expected records ({type(error).__name__}: {error})") from None
         return [item for item in made if item is not None]
-
-
-def _read(path: Path) -> Iterator[Record]:
-    import zstandard
-
-    number = 0
-    try:
-        with path.open("rb") as raw:
-            reader = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES).stream_reader(raw)
-            for number, line in enumerate(io.TextIOWrapper(reader, encoding="utf-8"), start=1):  # noqa: B007
-                yield json.loads(line)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (zstandard.ZstdError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}, after line {number}: damaged ({error})") from None
 
 
 def _completion(record: Record, name: str, every: list[Record], draw: _Draw) -> Item:

@@ -13,6 +13,7 @@ the manifest of a run killed with SIGKILL still says "running".
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,7 +142,8 @@ def _continued(path: Path, fresh: Manifest) -> Manifest:
         more_seeds = key == "seeds" and wanted[: len(was)] == was
         if was != wanted and not more_seeds:
             raise RunError(
-                f"{path}: holds a run with another {key} (expected {wanted}, found {was}); choose another folder"
+                f"{path}: holds a run with another {key} (expected {wanted}, found {was}); to have it made again delete it (rm -r "
+                f"{shlex.quote(str(path))}), or keep it and name another folder with --out"
             )
     return fresh.model_copy(update={"started": old.started, "tables": old.tables, "tensors": old.tensors})
 

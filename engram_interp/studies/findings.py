@@ -2,6 +2,8 @@
 
 Each claim has a rule, stated beside the verdict, that says what would count; the rule looks at the interval *and* at the null:
 what the baseline shows against its own other seed. "supported" speaks of these checkpoints only, since there is one seed per arm.
+On part of the sentences (`quick`) intervals are wider than the rules were made for: what an interval excludes there is said, and a rule
+that is not met is "not decided (quick)", never "not supported".
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from engram_interp.runs.folder import RunFolder, start_run
 if TYPE_CHECKING:
     import pandas as pd
 
-Verdict = Literal["supported", "not supported", "opposite", "refused"]
+Verdict = Literal["supported", "not supported", "opposite", "refused", "not decided (quick)"]
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,12 @@ def find(
     items: int = 400,
     permutations: int = 60,
     seed: int = 0,
+    quick: bool = False,
 ) -> Findings:
     """Ask every question of the paper's section 6 of a pair, on the gallery and generated tasks.
 
-    Args: items: per ablation task; permutations: of the null of the similarity's size.
+    Args: items: per ablation task; permutations: of the null of the similarity's size; quick: the sizes are too
+        small to hold a rule that is not met against a claim.
     """
     sentences = list(sentences or load_gallery())
     gates = record_gates(pair.engram, sentences)
@@ -87,27 +91,35 @@ def find(
     tasks = load_tasks(names, pair.engram.tokenizer, limit=items, seed=seed)
     ablation = ablation_effects(pair.engram, tasks, default_conditions(pair.engram), statistics=statistics, seed=seed)
     rows = (
-        _gate_finding(gates, "entity-final", "a name"),
-        _gate_finding(gates, "phrase-final", "a set phrase"),
-        _lens_finding(lens, lens_null),
-        _cka_finding(cka),
-        *_ablation_findings(ablation),
+        _gate_finding(gates, "entity-final", "a name", quick),
+        _gate_finding(gates, "phrase-final", "a set phrase", quick),
+        _lens_finding(lens, lens_null, quick),
+        _cka_finding(cka, quick),
+        *_ablation_findings(ablation, quick),
     )
     return Findings(rows, gates, lens, lens_null, cka, ablation)
 
 
-def _gate_finding(gates: GateStatistics, stratum: str, what: str) -> Finding:
+def _unmet(quick: bool, verdict: Verdict = "not supported") -> Verdict:
+    """What is said when a rule is not met and a larger sample could meet it."""
+    return "not decided (quick)" if quick else verdict
+
+
+def _gate_finding(gates: GateStatistics, stratum: str, what: str, quick: bool = False) -> Finding:
     tests = len(gates.summaries)
     gaps = [(s.layer, s.branch, _at_level(s.difference[stratum], 1 - 0.05 / tests)) for s in gates.summaries]
     up = sum(gap.low > 0 for _, _, gap in gaps)
     down = sum(gap.high < 0 for _, _, gap in gaps)
+    verdict: Verdict = (
+        "supported" if up == tests else "opposite" if down == tests else _unmet(quick and not (up and down))
+    )
     return Finding(
         f"The gate opens at the last token of {what}",
         "section 6.5: shown on chosen sentences and gates, no statistics",
         "; ".join(f"block {layer} branch {branch} {gap}" for layer, branch, gap in gaps),
         f"0: gate at the last token of {what} minus the gate in the rest of the sentence",
         f"every one of the {tests} intervals (together 95 %) lies above 0; opposite if every one lies below",
-        "supported" if up == tests else "opposite" if down == tests else "not supported",
+        verdict,  # gates on both sides of 0 decide: no larger sample brings them together
     )
 
 
@@ -121,9 +133,9 @@ def _at_level(estimate: Estimate, level: float) -> Estimate:
     )
 
 
-def _lens_finding(lens: LensComparison, null: LensComparison) -> Finding:
+def _lens_finding(lens: LensComparison, null: LensComparison, quick: bool) -> Finding:
     here, seeds = lens.overall.auc, null.overall.auc
-    verdicts: dict[str, Verdict] = {"earlier": "supported", "later": "opposite", "undecided": "not supported"}
+    verdicts: dict[str, Verdict] = {"earlier": "supported", "later": "opposite", "undecided": _unmet(quick)}
     band = lens.overall.difference
     earlier = [layer for layer in lens.layers[:-1] if band.high[layer] < 0]
     return Finding(
@@ -136,7 +148,7 @@ def _lens_finding(lens: LensComparison, null: LensComparison) -> Finding:
     )
 
 
-def _cka_finding(cka: CKAHeatmap) -> Finding:
+def _cka_finding(cka: CKAHeatmap, quick: bool) -> Finding:
     allowed = [c for c in cka.claims if c.allowed]
     deeper = [c.layer for c in allowed if c.verdict == "deeper"]
     first = cka.evidence[0]
@@ -147,7 +159,7 @@ def _cka_finding(cka: CKAHeatmap) -> Finding:
         f"baseline against its other seed, a_j {_numbers(first.null_index)}",
         "at more than half of the layers the shift beyond the null excludes 0, simultaneously over layers and in every "
         f"seed pair; it does at layers {deeper}",
-        "supported" if len(deeper) > len(cka.columns) / 2 else "not supported" if allowed else "refused",
+        "supported" if len(deeper) > len(cka.columns) / 2 else _unmet(quick, "not supported" if allowed else "refused"),
     )
 
 
@@ -155,7 +167,7 @@ def _numbers(values: np.ndarray) -> str:
     return " ".join(f"{v:.1f}" for v in values)
 
 
-def _ablation_findings(ablation: AblationEffects) -> list[Finding]:
+def _ablation_findings(ablation: AblationEffects, quick: bool) -> list[Finding]:
     table = ablation.table()
     joint = table[~table["condition"].str.contains("@ block")]
     rows: list[Any] = list(joint.itertuples())  # named tuples with the fields of the table
@@ -171,7 +183,7 @@ def _ablation_findings(ablation: AblationEffects) -> list[Finding]:
             "0 for a memory that does nothing",
             "entities lose more, and the intervals do not overlap; refused when either score cannot be told from chance, "
             "since an ability that is not there cannot be spared",
-            _selective_verdict(entity, induction),
+            _selective_verdict(entity, induction, quick),
         ),
         Finding(
             "It is the content of the rows that counts",
@@ -179,15 +191,15 @@ def _ablation_findings(ablation: AblationEffects) -> list[Finding]:
             "; ".join(f"{r.condition} {_change(r)}" for r in (entity, *content)),
             "controls of equal size: another direction of the same norm, as much of the same block's experts",
             "the same rows at other addresses (hash_permute) hurt entity completion, and more than the matched experts do",
-            "supported" if content[0].change_logprob_high < min(0, content[2].change_logprob_low) else "not supported",
+            "supported" if content[0].change_logprob_high < min(0, content[2].change_logprob_low) else _unmet(quick),
         ),
     ]
 
 
-def _selective_verdict(stored, prompted) -> Verdict:  # noqa: ANN001
+def _selective_verdict(stored, prompted, quick: bool) -> Verdict:  # noqa: ANN001
     if np.isnan(stored.retained_above_chance) or np.isnan(prompted.retained_above_chance):
-        return "refused"
-    return "supported" if stored.change_logprob_high < min(0, prompted.change_logprob_low) else "not supported"
+        return _unmet(quick, "refused")
+    return "supported" if stored.change_logprob_high < min(0, prompted.change_logprob_low) else _unmet(quick)
 
 
 def _change(row) -> str:  # noqa: ANN001

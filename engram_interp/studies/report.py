@@ -36,6 +36,10 @@ _SMALL = (
     "These are small models trained for this project. What this page says describes these checkpoints, not the published models of "
     "27 and 40 billion parameters; where it differs from the paper, that is a result about this scale."
 )
+_QUICK = (
+    "This is the quick form, on half of the sentences and fewer items. A rule that is not met here may be met by all of them: it is not "
+    "decided. The command without --quick decides it."
+)
 
 
 def run_report(
@@ -52,7 +56,8 @@ def run_report(
     """Make the report of a pair and its control in a run folder; returns the page.
 
     Args: data: evaluation data as `evaluate` takes it; None uses the bundled gallery and generated tasks. items: per task;
-        quick: every other sentence, at most 100 items and 10 permutations, which the page says;
+        quick: every other sentence, at most 100 items and 10 permutations, which the page says and which leave open what
+        only the full sample can decide;
         pictures: a folder for the main figures as SVG files.
     Raises: RunError when the folder holds something else.
     """
@@ -63,7 +68,7 @@ def run_report(
     config: dict[str, object] = {"items": items, "permutations": permutations, "data": data is not None}
     texts = texts_hash(s.text for s in sentences)
     with start_run(out, study="report", config=config, seeds=[seed], models=models, texts_sha256=texts) as folder:
-        found = find(pair, sentences, items=items, permutations=permutations, seed=seed)
+        found = find(pair, sentences, items=items, permutations=permutations, seed=seed, quick=quick)
         write_findings(folder, found)
         folder.write_table("gallery_loss", gallery_losses(pair, sentences, seed).table())
         evaluations = [
@@ -80,7 +85,8 @@ def run_report(
         for result in collisions:
             table = result.table().astype({"head": str})  # numbers, and "all"
             folder.write_table(f"collisions.block{result.block}", table)
-        folder.write_text(FILE, build_page(pair, sentences, found, evaluations, collisions, config).html())
+        page = build_page(pair, sentences, found, evaluations, collisions, config, quick=quick)
+        folder.write_text(FILE, page.html())
     if pictures is not None:
         write_pictures(pictures, pair, found)
     return out / FILE
@@ -110,6 +116,8 @@ def build_page(
     evaluations: Sequence[Evaluation],
     collisions: Sequence[CollisionResult],
     config: Mapping[str, object],
+    *,
+    quick: bool = False,
 ) -> Page:
     """The page of results that are there already."""
     models = (pair.engram, pair.moe, pair.moe_control)
@@ -124,7 +132,7 @@ def build_page(
         "over sentences or items: they describe other texts for the same checkpoints, never another training.",
     ]
     page = Page("What does the memory do?", lead)
-    _claims(page, found)
+    _claims(page, found, quick)
     _gate_maps(page, pair, sentences)
     _findings_figures(page, found)
     _collision_part(page, collisions)
@@ -139,10 +147,11 @@ def build_page(
     return page
 
 
-def _claims(page: Page, found: Findings) -> None:
+def _claims(page: Page, found: Findings, quick: bool) -> None:
     page.section(
         "The paper's claims, here",
         "Each verdict follows from the rule beside it; the rule was written before the numbers.",
+        *([_QUICK] if quick else []),
     )
     for row in found.rows:
         page.claim(Claim(row.claim, row.paper, row.here, row.null, row.rule, row.verdict))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-_MARKS = {"supported": "✓", "not supported": "–", "opposite": "✗", "refused": "?"}
+_MARKS = {"supported": "✓", "not supported": "–", "opposite": "✗", "refused": "?", "not decided (quick)": "?"}
 
 _WIDE, _NARROW = 720, 350
 _STYLE = """
