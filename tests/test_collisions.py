@@ -238,6 +238,7 @@ def test_expected_collisions_match_simulated_uniform_hashing() -> None:
     ones = np.array([(c == 1).sum() for c in counts])
     assert abs(ones.mean() - histogram.expected[1]) < 4 * ones.std() / 20
     assert (expected_colliding(1, 10), expected_colliding(5, 1)) == (0.0, 5.0)
+    assert expected_colliding(2, 10) == pytest.approx(2 / 10)  # each of the two meets the other in a tenth of all cases
 
 
 def test_a_model_without_memory_is_refused(

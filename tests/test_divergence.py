@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from engram_interp.measure.divergence import (
     cross_entropy,
     entropy,
+    expm1_minus,
     jensen_shannon,
     kl_divergence,
     reference_entropy,
@@ -67,6 +68,12 @@ def test_small_form_keeps_its_digits(noise: float):
     assert exact.max() < 1e-2 * (1 + 99 * (noise > 0.05))
     np.testing.assert_allclose(small_kl(base, changed), exact, rtol=3e-5)
     assert (small_kl(base, changed) >= 0).all()
+
+
+@pytest.mark.parametrize("x", [-0.5, -0.0999, 1e-3, 0.0999, 0.1001])
+def test_expm1_minus_meets_its_series_on_both_sides_of_the_switch(x: float):
+    found = expm1_minus(torch.tensor([x], dtype=torch.float64)).item()
+    assert found == pytest.approx(math.fsum(x**k / math.factorial(k) for k in range(2, 30)), rel=1e-6)
 
 
 def test_small_form_survives_overflow():

@@ -12,6 +12,7 @@ from engram_interp.probes.credit import gate_credit, rank_correlation
 from engram_interp.probes.patching import (
     ALL,
     STAGES,
+    PromptPair,
     patch_memory,
     path_patch_gate,
     prompt_pair,
@@ -74,6 +75,13 @@ def test_positions_are_aligned_from_the_end_and_checked(tiny_engram):
         patch_memory(tiny_engram, CLEAN, CORRUPTED, ANSWERS, direction="both")
     with pytest.raises(ValueError, match="blocks with a memory"):
         patch_memory(tiny_engram, CLEAN, CORRUPTED, ANSWERS, blocks=[0])
+
+
+def test_positions_are_turned_round_with_the_prompts():
+    clean, corrupted = torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64)
+    pair = PromptPair(clean, corrupted, (0, 1), ((0, 0), (2, 3)))
+    assert pair.sides("noise") == (clean, corrupted, [(0, 0), (2, 3)])
+    assert pair.sides("denoise") == (corrupted, clean, [(0, 0), (3, 2)])
 
 
 def test_a_direct_path_is_the_change_of_the_write_through_the_exit(tiny_engram):
@@ -140,6 +148,9 @@ def test_rank_correlation_finds_order_and_refuses_constants():
     noise = np.random.default_rng(1).normal(size=(2, 400))
     rho = rank_correlation(noise[0], noise[1], np.arange(400), np.random.default_rng(0))
     assert rho.low < 0 < rho.high
+    r = np.corrcoef(noise[0].argsort().argsort(), noise[1].argsort().argsort())[0, 1]
+    wide = 1.96 * (1 - r**2) / np.sqrt(len(noise[0]) - 1)  # of a rank correlation near 0
+    assert (rho.high - rho.low) / 2 == pytest.approx(wide, rel=0.1)
     assert not rank_correlation(x, x * 0, groups, np.random.default_rng(0)).estimable
 
 
