@@ -222,7 +222,9 @@ def test_shift_band_covers_all_layers_at_once():
     inside = ((draws >= band.low) & (draws <= band.high)).all(1).mean()
     assert inside == pytest.approx(0.95, abs=0.01)
     biased = shift_band(np.zeros(2), np.zeros(2), np.array([[0.5, -0.5], [0.5, -0.5]]), np.zeros((2, 2)))
-    assert (biased.low.tolist(), biased.high.tolist()) == ([0.0, -0.5], [0.5, 0.0]), "wider on the side of the bias alone"
+    assert (biased.low.tolist(), biased.high.tolist()) == ([0.0, -0.5], [0.5, 0.0]), (
+        "wider on the side of the bias alone"
+    )
     still = shift_band(np.ones(3), np.ones(3), np.ones((9, 3)), np.ones((9, 3)))
     assert np.array_equal(still.low, np.zeros(3))
     assert np.array_equal(still.high, np.zeros(3))

@@ -67,7 +67,8 @@ def _training(run: OpenRun) -> dict[str, int | float] | None:
     if not {"articles", "runs"} <= set(run.manifest.tables):
         return None
     runs = run.table("runs")
-    return {"runs": len(runs), "tokens": int(runs["trained_tokens"].sum()), "hours": float(runs["minutes"].sum() / 60)}
+    tokens, minutes = (runs[name].to_numpy() for name in ("trained_tokens", "minutes"))
+    return {"runs": len(runs), "tokens": int(tokens.sum()), "hours": float(minutes.sum() / 60)}
 
 
 def _result(study: str, file: Path) -> str:

@@ -108,7 +108,8 @@ def _host_class(stored: Mapping[int, RowReader]) -> type:
     tables = [rf"layers\.{block}\.ple\.ple_embedding\.ngram_embedding\." for block in stored]
     # By name and module transformers finds how checkpoints name their tensors.
     Host.__name__, Host.__module__ = Qwen4ExpForCausalLM.__name__, Qwen4ExpForCausalLM.__module__
-    Host._keys_to_ignore_on_load_unexpected = [*Qwen4ExpForCausalLM._keys_to_ignore_on_load_unexpected, *tables]
+    known = Qwen4ExpForCausalLM._keys_to_ignore_on_load_unexpected or []
+    Host._keys_to_ignore_on_load_unexpected = [*known, *tables]
     return Host
 
 
