@@ -153,11 +153,11 @@ def sampled_error(
     last, hidden = final[chosen].to(finer), sites[:, chosen].to(finer)
     base = exact.final(last)
     assert base.mean is not None
-    log_z = exact.site(hidden.flatten(0, 1)).log_z.view(hidden.shape[:2])  # few rows a site: W is read once for all
-    expected = torch.zeros_like(log_z)
-    for i, site in enumerate(hidden):
-        if not torch.equal(site, last):
-            expected[i] = exact._divergence(last, site, base, base.mean.double(), log_z[i])
+    others = [i for i, site in enumerate(hidden) if not torch.equal(site, last)]
+    log_z = exact.site(hidden[others].flatten(0, 1)).log_z  # few rows a site: W is read once for all
+    expected = torch.zeros(hidden.shape[:2], dtype=torch.float64, device=hidden.device)
+    for i, here in zip(others, log_z.view(len(others), len(last)), strict=True):
+        expected[i] = exact._divergence(last, hidden[i], base, base.mean.double(), here)
     return float((kl[:, chosen] - expected).abs().max())
 
 
