@@ -24,6 +24,21 @@ def test_rows_are_those_of_the_table(dtype, width):
     assert gather_rows(table[::2], rows.clamp_max(150)).equal(table[::2][rows.clamp_max(150)])
 
 
+def test_memory_is_used_again_only_when_nobody_sees_it():
+    table = torch.arange(12.0).view(3, 4)
+    rows, others = torch.zeros(50, dtype=torch.int64), torch.full((50,), 2)
+    seen = gather_rows(table, rows)[7:9].numpy()  # the tensor is gone, its memory is not
+    held = gather_rows(table, others)
+    assert (seen == table[0].numpy()).all()
+    place = held.data_ptr()
+    del held
+    assert gather_rows(table, rows[:40]).data_ptr() == place
+    assert gather_rows(table, rows[:2]).data_ptr() != place  # would keep far more than it needs
+    kept = [gather_rows(table, rows if i % 2 else others) for i in range(6)]
+    assert len({x.data_ptr() for x in kept}) == 6
+    assert all(x.equal(table[0 if i % 2 else 2].expand(50, 4)) for i, x in enumerate(kept))
+
+
 @pytest.mark.parametrize("width", [8, 80])
 @pytest.mark.parametrize("row", [-1, 301])
 def test_a_row_that_is_not_there_is_refused(width, row):

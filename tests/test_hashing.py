@@ -121,6 +121,16 @@ def test_slots_are_the_published_formula(tokens: list[int], orders: int, heads: 
     assert int(flat.max()) < ngram_hash.rows
 
 
+@pytest.mark.parametrize("heads", [1, 8])
+def test_slots_are_the_mix_modulo_each_prime(heads: int) -> None:
+    ngram_hash = build(heads=heads)
+    mix = torch.randint(0, 2**63 - 1, (3, 40, 2), generator=torch.Generator().manual_seed(heads))
+    before = mix.clone()
+    expected = (mix.unsqueeze(-1) % torch.tensor(ngram_hash.primes)).flatten(-2)
+    assert torch.equal(ngram_hash.slots_of_mix(mix), expected)
+    assert torch.equal(mix, before)
+
+
 def test_largest_ids_of_the_largest_vocabulary_are_exact() -> None:
     vocab = 248_320
     ngram_hash = build(orders=4, heads=3, vocab=vocab)

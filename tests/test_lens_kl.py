@@ -15,7 +15,7 @@ import torch
 from engram_interp.kernels import lens_kl as module
 from engram_interp.kernels.delta import delta_kl, delta_reference
 from engram_interp.kernels.lens import LensError
-from engram_interp.kernels.lens_kl import choose_path, lens_kl, lens_kl_reference, plain_head
+from engram_interp.kernels.lens_kl import choose_path, lens_kl, lens_kl_reference, plain_head, sampled_error
 from engram_interp.kernels.partition import (
     RoundedHead,
     bfloat16_partition,
@@ -232,3 +232,9 @@ def test_plain_head_is_found_where_the_unembedding_is_one():
     assert plain_head(model, lambda h: h @ head.T + bias) is None
     assert plain_head(model, lambda h: 30 * torch.tanh(h @ head.T / 30)) is None
     assert plain_head(object(), lambda h: h @ head.T) is None
+
+
+def test_the_error_of_the_final_site_alone_is_nothing():
+    generator = torch.Generator().manual_seed(0)
+    final, head = torch.randn(5, 8, generator=generator), torch.randn(30, 8, generator=generator)
+    assert sampled_error(torch.zeros(1, 5, dtype=torch.float64), final[None], final, head) == 0

@@ -12,8 +12,8 @@ shift to 24 bits), so that the rounding of a logit is relative to its distance f
 where bfloat16 products are several times faster (AMX).
 
 Cost: one product of 2 N V D operations and 8 % for the rest on one AVX-512 core; a mean is one more. Memory: one tile of
-1 MB. Misleads: rounding h and W to bfloat16 moves log_z by about 1e-2 nats; results of the fast paths carry the error
-that was measured on a sample of their own tokens (`engram_interp.kernels.lens_kl`).
+1 MB (bfloat16: 1 MB and 2 MB in float32). Misleads: rounding h and W to bfloat16 moves log_z by about 1e-2 nats; results
+of the fast paths carry the error that was measured on a sample of their own tokens (`engram_interp.kernels.lens_kl`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from jaxtyping import Float64
 from engram_interp.shapes import Float, Int64, Tensor
 
 ROWS, COLUMNS = 512, 512  # one float32 tile of 1 MB stays in the second-level cache
+_ROUNDED_COLUMNS = 1024  # bfloat16 products gain more from longer rows than the passes over the tile lose
 _LOG2E = math.log2(math.e)
 _SHIFT_COLUMNS = 16  # bfloat16 products want widths that are multiples of 16
 _SLACK = 4.0  # log 2 units above the shift up to which bfloat16 is finer than what rounding h and W costs anyway
@@ -146,7 +147,7 @@ def bfloat16_partition(hidden: Float[Tensor, "N D"], head: RoundedHead) -> Parti
     """log_z from bfloat16 tiles that the product itself has shifted; no mean."""
     wide = torch.zeros(len(hidden), head.weight.shape[1], dtype=torch.bfloat16)
     wide[:, : head.width] = hidden * _LOG2E
-    tile = torch.empty(min(ROWS, len(hidden)) * min(COLUMNS, len(head.weight)), dtype=torch.bfloat16)
+    tile = torch.empty(min(ROWS, len(hidden)) * min(_ROUNDED_COLUMNS, len(head.weight)), dtype=torch.bfloat16)
     parts = [_shifted_rows(rows, head, tile) for rows in wide.split(ROWS)]
     return _joined(parts) if parts else _nothing(hidden, False, False)
 
@@ -157,8 +158,8 @@ def _shifted_rows(wide: Tensor, head: RoundedHead, tile: Tensor) -> Partition:
     _put_shift(wide, head.width, peak)
     total = torch.zeros(n, dtype=torch.float64)
     exact = torch.empty(tile.numel(), dtype=torch.float32)
-    for start in range(0, len(weight), COLUMNS):
-        columns = weight[start : start + COLUMNS]
+    for start in range(0, len(weight), _ROUNDED_COLUMNS):
+        columns = weight[start : start + _ROUNDED_COLUMNS]
         z = exact[: n * len(columns)].view(n, len(columns))
         z.copy_(torch.mm(wide, columns.T, out=tile[: z.numel()].view_as(z)))
         top = z.amax(1)

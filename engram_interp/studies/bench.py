@@ -96,13 +96,14 @@ def bench(
                 start = clock()
                 result = candidate.run()  # type: ignore[misc]
                 took = candidate.times * (clock() - start)
+                error = getattr(result, "error", None)
+                del result  # here, or the next candidate would be timed giving its memory back
                 if round_:  # the first round warms caches and allocator
                     seconds[candidate.name].append(took)
                     continue
                 report(f"{head}: {candidate.name}, {took:.2f} s to warm up")
-                if isinstance(error := getattr(result, "error", None), float):
+                if isinstance(error, float):
                     errors[candidate.name] = error
-                del result
     finally:
         torch.set_num_threads(before)
     found = BenchResult(group, candidates, {name: tuple(v) for name, v in seconds.items()}, errors, threads)
