@@ -9,6 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORE := $(VENV)/.core
 ALL := $(VENV)/.all
+TRAINING := $(VENV)/.training
 PIP_ARGS ?=
 # Bytecode is written when a module is first used: compiling all 17,000 while installing took most of the time, and 395 MB.
 PIP = $(BIN)/python -m pip install --no-input --no-compile --quiet $(PIP_ARGS) -c constraints.txt
@@ -35,6 +36,11 @@ install: $(ALL) ## create .venv and install the package with everything pinned
 $(CORE): pyproject.toml constraints.txt hatch_build.py
 	@test -x $(BIN)/python || { python=$$($(FIND_PYTHON)) && "$$python" -m venv $(VENV); }
 	$(PIP) -e '.[app]'
+	@touch $@
+
+# ... what studies need on top, to read packed corpora ...
+$(TRAINING): $(CORE)
+	$(PIP) -e '.[training]'
 	@touch $@
 
 # ... and what its tests and checks need on top (about a gigabyte more).
@@ -65,9 +71,8 @@ notebooks: $(CORE) ## write the programs of probes/ as notebooks into runs/noteb
 		$(BIN)/jupytext --quiet --to ipynb --output runs/notebooks/$$(basename "$$program" .py).ipynb "$$program" || exit 1; \
 	done; echo "runs/notebooks: $$(ls runs/notebooks | tr '\n' ' ')"
 
-study: $(CORE) ## run or continue a study: make study NAME=allocation (ARGS="--smoke" for seconds instead of hours)
+study: $(TRAINING) ## run or continue a study: make study NAME=allocation (ARGS="--smoke" for seconds instead of hours)
 	@test -n "$(NAME)" || { echo "name a study of experiments/: make study NAME=allocation" >&2; exit 1; }
-	$(PIP) -e '.[training]'
 	@$(BIN)/python -m experiments.$(NAME) $(ARGS)
 
 bench: $(CORE) ## measure speed on this machine

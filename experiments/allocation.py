@@ -14,7 +14,13 @@ from pydantic import Field
 
 from engram_interp.figures.curve import Curve, curve_figure
 from engram_interp.studies.commands import training_main
-from engram_interp.studies.training_study import TrainingStudy, TrainingStudyConfig, Variant, compare_runs
+from engram_interp.studies.training_study import (
+    TrainingStudy,
+    TrainingStudyConfig,
+    Variant,
+    compare_runs,
+    shown_difference,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,9 +88,7 @@ def conclude(config: TrainingStudyConfig, articles: pd.DataFrame) -> tuple[list[
         best = str(loss[names[1:-1]].idxmin())
         gaps = {end: table.loc[(best, seed)] for end, table in ends.items()}
         found.append(all(gap["high"] < 0 for gap in gaps.values()))
-        against = ", ".join(
-            f"{gap['difference']:+.4f} [{gap['low']:.4f}, {gap['high']:.4f}] against {end}" for end, gap in gaps.items()
-        )
+        against = ", ".join(f"{shown_difference(gap)} against {end}" for end, gap in gaps.items())
         lines.append(
             f"seed {seed}: lowest inside at {best} ({loss[best]:.4f} nats per token), {against} bits per byte: "
             f"{'a U' if found[-1] else 'no U'}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from engram_interp.studies.commands import training_main
 from engram_interp.studies.training_figures import differences_figure
-from engram_interp.studies.training_study import TrainingStudy, TrainingStudyConfig, compare_runs
+from engram_interp.studies.training_study import TrainingStudy, TrainingStudyConfig, compare_runs, shown_difference
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +27,7 @@ def conclude(config: TrainingStudyConfig, articles: pd.DataFrame) -> tuple[list[
     runs = compare_runs(articles, "whole")
     lines = []
     for name, part in runs[runs["variant"] != "whole"].groupby("variant", sort=False):
-        costs = ", ".join(f"seed {r.seed} {r.difference:+.4f} [{r.low:.4f}, {r.high:.4f}]" for r in part.itertuples())
+        costs = ", ".join(f"seed {run['seed']} {shown_difference(run)}" for _, run in part.iterrows())
         matters, helps = (part["low"] > 0).sum(), (part["high"] < 0).sum()
         verdict = f"matters in {matters} of {len(part)} seeds" + (f", helps when away in {helps}" if helps else "")
         paper = f"; paper {PAPER[name]:+.4f} nats per token" if name in PAPER else ""

@@ -2,8 +2,7 @@
 
 Every single block, and every pair at the same number of table columns (paper section 6.2, figure 5: block 2 of 12 alone is best,
 a pair with a later block slightly better). Differences are against the first single block; "before attention" of block 0 means that
-no context has been read yet. Costs 10 runs of 1 M tokens a seed; `experiments/README.md` has
-the hours.
+no context has been read yet. Costs 10 runs of 1 M tokens a seed; `experiments/README.md` has the hours.
 """
 
 from __future__ import annotations
@@ -13,7 +12,13 @@ from typing import TYPE_CHECKING
 
 from engram_interp.studies.commands import training_main
 from engram_interp.studies.training_figures import differences_figure
-from engram_interp.studies.training_study import TrainingStudy, TrainingStudyConfig, Variant, compare_runs
+from engram_interp.studies.training_study import (
+    TrainingStudy,
+    TrainingStudyConfig,
+    Variant,
+    compare_runs,
+    shown_difference,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,8 +54,8 @@ def conclude(config: TrainingStudyConfig, articles: pd.DataFrame) -> tuple[list[
         first = part.set_index("variant").loc[single]
         gap = compare_runs(articles[articles["seed"] == seed], single).set_index("variant").loc[pair]
         lines.append(
-            f"seed {seed}: best single {single} ({loss[single]:.4f} nats per token; {_gap(first)} bits per byte against block 0), "
-            f"best pair {pair} ({loss[pair]:.4f}; {_gap(gap)} against that single)"
+            f"seed {seed}: best single {single} ({loss[single]:.4f} nats per token; {shown_difference(first)} bits per byte "
+            f"against block 0), best pair {pair} ({loss[pair]:.4f}; {shown_difference(gap)} against that single)"
         )
         second.append(single == "block-1")
     sweep = ", ".join(f"{x - PAPER[0]:+.4f}" for x in PAPER[1:])
@@ -59,10 +64,6 @@ def conclude(config: TrainingStudyConfig, articles: pd.DataFrame) -> tuple[list[
         f"first, nats per token: {sweep}; a pair with a later block slightly better"
     )
     return lines, differences_figure(runs, "Where the memory lies", "block 0 alone")
-
-
-def _gap(row: pd.Series) -> str:
-    return f"{row['difference']:+.4f} [{row['low']:.4f}, {row['high']:.4f}]"
 
 
 STUDY = TrainingStudy("placement", TrainingStudyConfig, conclude, variants)

@@ -89,7 +89,7 @@ def test_entry_point_and_licence(wheel: Path, members: list[str]):
 
 # -- from the installed wheel, outside the checkout ------------------------------------------------------------------------
 
-# The report on a tenth of the sentences: the whole way from the bundled checkpoints to the page, in seconds.
+# The report on a fifth of the sentences: the whole way from the bundled checkpoints to the page, in seconds.
 REPORT = """
 import sys
 import engram_interp.cli

@@ -109,8 +109,8 @@ def start_run(
     models: Mapping[str, str],
     texts_sha256: str,
 ) -> Iterator[RunFolder]:
-    """Start a run, or go on with one: one that was stopped, or a finished one that is given more seeds after its own. Records
-    done, failed or cancelled on the way out.
+    """Start a run, or go on with one: one that was stopped, or a finished one that is given more seeds after its own
+    (of the same texts: a study whose items are drawn by seed reads others). Records done, failed or cancelled on the way out.
 
     Raises: RunError when the folder holds something else, or a run of another configuration, model, text, seed or
         software version.

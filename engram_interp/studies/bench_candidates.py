@@ -192,6 +192,7 @@ def ngram_candidates(
     table = torch.randn(ngram_hash.rows, head_width, generator=generator)
     ids = torch.randint(3, vocab_size, (8, tokens), generator=generator)
 
+    # The formula as it is published, apart from the library's, which gets faster: the unit must not.
     moduli, offsets = torch.tensor(primes), torch.tensor(ngram_hash.offsets)
 
     def plain() -> Tensor:

@@ -80,7 +80,7 @@ def _result(study: str, file: Path) -> str:
     if kept["speed"]:
         where += f"; {kept['speed']['items_per_second']:.3g} items/s under {kept['speed']['conditions']} conditions, "
         where += f"{kept['speed']['workers']} processes"
-    if cost := kept.get("training"):
+    if cost := kept["training"]:
         where += f"; {cost['runs']} runs, {cost['tokens'] / 1e6:.1f} M tokens, {cost['hours']:.2f} hours of one core"
     where = where.removeprefix("; ")  # a study that trains its models names none
     return f"\n### {study}\n\n{where}\n\n```\n" + "\n".join(kept["headline"]) + "\n```\n"

@@ -181,3 +181,8 @@ def compare_runs(articles: pd.DataFrame, first: str) -> pd.DataFrame:
             **run.iloc[0][["parameters", "memory_parameters", "flops", "trained_tokens", "minutes"]].to_dict(),
         })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def shown_difference(run: pd.Series) -> str:
+    """The difference of one row of `compare_runs` with its interval."""
+    return f"{run['difference']:+.4f} [{run['low']:.4f}, {run['high']:.4f}]"
