@@ -52,8 +52,8 @@ $(ALL): $(CORE)
 demo: $(CORE) ## set up, then show where the memory of the bundled model speaks, and write the report of the pair
 	@$(BIN)/engram-interp demo
 
-test: $(ALL) browser ## set up, then run all tests
-	@ENGRAM_REQUIRE_BROWSER=1 $(BIN)/python -m pytest $(ARGS)
+test: $(ALL) browser ## set up, then run all tests, in two processes
+	@ENGRAM_REQUIRE_BROWSER=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(ALL) ## lint, format, types, import rules
 	$(BIN)/ruff check
