@@ -128,9 +128,12 @@ class RoundedHead:
     @classmethod
     def of(cls, head: Float[Tensor, "V D"]) -> RoundedHead:
         """Round a head."""
-        ones = head.new_zeros(len(head), _SHIFT_COLUMNS)
-        ones[:, :3] = 1
-        return cls(torch.cat([head, ones], 1).bfloat16(), head.shape[1])
+        width = head.shape[1]
+        weight = head.new_empty(len(head), width + _SHIFT_COLUMNS, dtype=torch.bfloat16)
+        weight[:, :width] = head
+        weight[:, width : width + 3] = 1
+        weight[:, width + 3 :] = 0
+        return cls(weight, width)
 
     @property
     def plain(self) -> Float[Tensor, "V D"]:

@@ -134,7 +134,7 @@ def stacked_kl(sites: Tensor, head: Tensor) -> Tensor:
 
 
 def _products(sites: Tensor, head: Tensor, rows: int = 512, columns: int = 512) -> None:
-    """Only the multiplications that the exact lens cannot avoid: a product per site, and one for the mean."""
+    """Only the multiplications that a lens cannot avoid, in the dtype given: a product per site, and one for the mean."""
     tile = sites.new_empty(rows, columns)
     for hidden in (*sites, sites[-1]):
         for block in hidden.split(rows):
@@ -151,12 +151,14 @@ def vocabulary_candidates(
     hidden = torch.randn(sites, tokens, width, generator=generator)
     targets = torch.randint(0, vocab_size, (tokens,), generator=generator)
     final = hidden[-1]
+    rounded, rounded_head = hidden.bfloat16(), head.bfloat16()
     fast = f"KL, fast ({_fast()})"
     return [
         Candidate("logits of all sites stacked", lambda: stacked_kl(hidden, head)),
         Candidate("KL, exact", lambda: lens_kl(hidden, final, head, targets, path="exact"), 1 / 2.5),
         Candidate(fast, lambda: lens_kl(hidden, final, head, targets, path="fast"), 1 / 9),
         Candidate("bare products", lambda: _products(hidden, head)),
+        Candidate("bare products, bfloat16", lambda: _products(rounded, rounded_head, columns=1024)),
     ]
 
 
