@@ -79,8 +79,9 @@ def test_a_copy_without_hook_points_shares_the_weights(tiny_engram):
 
 def test_other_groups_run_at_small_sizes():
     generator = torch.Generator().manual_seed(1)
-    stacked, exact, *_ = vocabulary_candidates(generator, vocab_size=700, sites=3, tokens=20, width=16)
+    stacked, exact, _, *products = vocabulary_candidates(generator, vocab_size=700, sites=3, tokens=20, width=16)
     torch.testing.assert_close(exact.run().kl, stacked.run(), atol=1e-5, rtol=0)
+    assert [product.run() for product in products] == [None, None]
     plain, library, again = ngram_candidates(generator, rows_per_head=300, head_width=4, vocab_size=500, tokens=30)
     assert library.run().equal(plain.run())
     assert again.run().equal(plain.run())
@@ -94,7 +95,7 @@ def test_every_line_the_project_must_show_has_a_target():
     vocabulary = vocabulary_candidates(generator, vocab_size=70, sites=2, tokens=2, width=4)
     cka = cka_candidates(generator, rows=8, layers=1, width=2)
     ngram = ngram_candidates(generator, rows_per_head=30, head_width=2, vocab_size=50, tokens=3)
-    assert [c.target for c in vocabulary + cka + ngram] == [None, 0.4, 1 / 9, None, None, 1.3, None, 0.5, 0.5]
+    assert [c.target for c in vocabulary + cka + ngram] == [None, 0.4, 1 / 9, None, None, None, 1.3, None, 0.5, 0.5]
 
 
 def test_peers_are_timed_where_they_are_installed_and_named_where_not(monkeypatch):
