@@ -29,7 +29,8 @@ from engram_interp.studies.bench_candidates import (
 from engram_interp.studies.bench_peers import _peer, cka_peer_candidates, llama, peer_candidates
 
 
-def test_ratios_are_to_the_first_candidate_of_the_same_round():
+def test_ratios_are_to_the_first_candidate_of_the_same_round(monkeypatch):
+    monkeypatch.setattr(module, "_SHORT", 0.0)  # no more rounds than asked for
     candidates = [
         Candidate("unit", lambda: time.sleep(0.01)),
         Candidate("double", lambda: SimpleNamespace(error=1e-6, slept=time.sleep(0.02)), 1.5),
@@ -50,6 +51,11 @@ def test_ratios_are_to_the_first_candidate_of_the_same_round():
     assert [line.split(": ")[1].split(",")[0] for line in lines] == ["unit", "double", "six", *table.index]
     with pytest.raises(ValueError, match="at least one round, found 0"):
         bench("g", [], rounds=0)
+
+
+def test_short_groups_get_more_rounds(monkeypatch):
+    monkeypatch.setattr(module, "_SHORT", 3600.0)
+    assert len(bench("g", [Candidate("unit", lambda: None)], rounds=2).seconds["unit"]) == 40
 
 
 def test_candidates_compute_what_their_names_say(tiny_engram):
@@ -117,6 +123,7 @@ def test_peers_are_timed_where_they_are_installed_and_named_where_not(monkeypatc
 
 
 def test_a_run_is_kept_and_continued(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_SHORT", 0.0)
     calls = []
     monkeypatch.setattr(
         module,

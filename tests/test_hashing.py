@@ -116,6 +116,7 @@ def test_slots_are_the_published_formula(tokens: list[int], orders: int, heads: 
     slots = ngram_hash.slots(torch.tensor([tokens]))
     assert slots[0].tolist() == reference_slots(ngram_hash, tokens)
     flat = ngram_hash.rows_of_slots(slots)
+    assert ngram_hash.addressed_rows(torch.tensor([tokens])).equal(flat)
     assert (flat - slots)[0, 0].tolist() == list(ngram_hash.offsets)
     assert int(flat.min()) >= 0
     assert int(flat.max()) < ngram_hash.rows

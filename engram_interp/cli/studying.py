@@ -121,7 +121,7 @@ def bench(
     Args:
         model: A bundled name or a checkpoint directory for the forward group; without it a random model of 12 blocks.
         group: What to time.
-        rounds: Interleaved repetitions; a line per row goes to standard error.
+        rounds: Interleaved repetitions, more where they take milliseconds; a line per row goes to standard error.
         threads: Numbers of threads; without it one, and all.
         out: Run folder; without it one named by the time below runs/bench.
         json: Print the ratios as JSON.

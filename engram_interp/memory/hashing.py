@@ -217,6 +217,10 @@ class NgramHash:
         """Row of the flat table: slot plus the offset of its head."""
         return slots + self._on(slots.device)[3]
 
+    def addressed_rows(self, tokens: Int64[Tensor, "B T"]) -> Int64[Tensor, "B T S"]:
+        """Row of the flat table that each slot reads: both steps, in the memory of one result."""
+        return self.slots(tokens).add_(self._on(tokens.device)[3])
+
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if device not in self._constants:
             self._constants[device] = (

@@ -70,7 +70,7 @@ class Offload:
         """Start to read what a later `model(tokens)` will read, in every memory."""
         for block, table in self.tables.items():
             ngram_hash = self._hashes[block]
-            table.prefetch(ngram_hash.rows_of_slots(ngram_hash.slots(tokens)))
+            table.prefetch(ngram_hash.addressed_rows(tokens))
 
 
 @contextmanager

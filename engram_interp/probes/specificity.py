@@ -114,7 +114,7 @@ def edit_specificity(model: MemoryModel, overlay: Overlay, texts: Sequence[str])
 def _shared(model: MemoryModel, block: int, overlay: Overlay, tokens: Int64[Tensor, "1 T"]) -> Int64[Tensor, " T"]:
     """Edited slots each position reads."""
     ngram_hash = Site(model, block).memory.ngram_hash  # type: ignore[attr-defined]
-    read = ngram_hash.rows_of_slots(ngram_hash.slots(tokens))[0]
+    read = ngram_hash.addressed_rows(tokens)[0]
     return torch.isin(read, overlay.edits[block].rows).sum(-1)
 
 

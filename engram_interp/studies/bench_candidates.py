@@ -202,7 +202,7 @@ def ngram_candidates(
         return torch.nn.functional.embedding(slots + offsets, table)
 
     def library(out: Tensor | None = None) -> Tensor:
-        return gather_rows(table, ngram_hash.rows_of_slots(ngram_hash.slots(ids)), out)
+        return gather_rows(table, ngram_hash.addressed_rows(ids), out)
 
     kept = library()
     return [

@@ -75,7 +75,7 @@ class MemoryMonitor:
         """Count the rows that a training batch addresses in every layer."""
         for layer, hits in self.hits.items():
             ngram_hash = self.model.engram(layer).ngram_hash
-            rows = ngram_hash.rows_of_slots(ngram_hash.slots(tokens)).flatten().numpy()
+            rows = ngram_hash.addressed_rows(tokens).flatten().numpy()
             hits += np.bincount(rows, minlength=len(hits))
 
     @contextmanager
