@@ -58,6 +58,21 @@ def test_short_groups_get_more_rounds(monkeypatch):
     assert len(bench("g", [Candidate("unit", lambda: None)], rounds=2).seconds["unit"]) == 40
 
 
+def test_the_order_changes_from_round_to_round_and_repeats_with_the_seed(monkeypatch):
+    monkeypatch.setattr(module, "_SHORT", 0.0)
+
+    def order(seed: int) -> list[str]:
+        calls = []
+        bench("g", [Candidate(n, lambda n=n: calls.append(n)) for n in "abcd"], rounds=6, seed=seed)
+        return ["".join(calls[i : i + 4]) for i in range(0, 28, 4)]
+
+    first = order(1)
+    assert first[0] == "abcd"
+    assert all(sorted(round_) == list("abcd") for round_ in first)
+    assert len(set(first)) > 3
+    assert order(1) == first != order(2)
+
+
 def test_candidates_compute_what_their_names_say(tiny_engram):
     generator = torch.Generator().manual_seed(0)
     found = forward_candidates(tiny_engram, generator, batch=2)

@@ -1,6 +1,6 @@
 """What do the probes cost on this machine, beside the arithmetic they need?
 
-The candidates of a group run interleaved in one process on the same inputs, so that a machine that slows down slows all of
+The candidates of a group run interleaved, in a new order each round, in one process on the same inputs, so that a machine that slows down slows all of
 them; what is quoted is the ratio to the group's first candidate in the same round: median, and the range of the middle half
 of the rounds. On one thread the clock is the process's CPU time, which other programs disturb least; on several it is wall
 time. Beside a ratio stand the project's target, the largest it accepts, and the error that a lens stated (nats). Absolute
@@ -76,11 +76,17 @@ class BenchResult:
 
 @torch.no_grad()
 def bench(
-    group: str, candidates: Candidates, *, rounds: int = 7, threads: int = 1, report: Report = lambda line: None
+    group: str,
+    candidates: Candidates,
+    *,
+    rounds: int = 7,
+    threads: int = 1,
+    seed: int = 0,
+    report: Report = lambda line: None,
 ) -> BenchResult:
     """Time candidates, interleaved, after one warm-up round; what takes milliseconds gets more rounds than asked for.
 
-    Args: report: takes a line as each candidate has warmed up, and one per row at the end.
+    Args: seed: of the order in each round, so that no candidate always follows the same other; report: takes a line as each candidate has warmed up, and one per row at the end.
     Raises: ValueError for fewer than one round.
     """
     if rounds < 1:
@@ -92,12 +98,14 @@ def bench(
     seconds: dict[str, list[float]] = {c.name: [] for c in running}
     errors: dict[str, float] = {}
     head = f"{group}, {threads} thread{'s' * (threads > 1)}"
+    order = np.random.default_rng(seed)
     try:
         begun = clock()
         for round_ in range(_MOST * rounds + 1):
             if round_ > rounds and clock() - begun > _SHORT:
                 break
-            for candidate in running:
+            for place in order.permutation(len(running)) if round_ else range(len(running)):
+                candidate = running[place]
                 start = clock()
                 result = candidate.run()  # type: ignore[misc]
                 took = candidate.times * (clock() - start)
@@ -180,7 +188,7 @@ def run_bench(
             for count in threads:
                 shards.append(f"{number}.threads-{count}")
                 if shards[-1] not in run.done_shards("ratios"):
-                    result = bench(name, made(), rounds=rounds, threads=count, report=report)
+                    result = bench(name, made(), rounds=rounds, threads=count, seed=seed, report=report)
                     run.write_shard("seconds", shards[-1], pd.DataFrame(result.seconds).melt(var_name="candidate"))
                     run.write_shard("ratios", shards[-1], result.table())
         run.gather("seconds", shards)
