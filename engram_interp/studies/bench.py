@@ -1,10 +1,11 @@
 """What do the probes cost on this machine, beside the arithmetic they need?
 
-The candidates of a group run interleaved, in a new order each round, in one process on the same inputs, so that a machine that slows down slows all of
-them; what is quoted is the ratio to the group's first candidate in the same round: median, and the range of the middle half
-of the rounds. On one thread the clock is the process's CPU time, which other programs disturb least; on several it is wall
-time. Beside a ratio stand the project's target, the largest it accepts, and the error that a lens stated (nats). Absolute
-times are for orientation only. Results are a run folder: `ratios`, and every single time in `seconds`.
+The candidates of a group run interleaved, in a new order each round, in one process on the same inputs, so that a machine
+that slows down slows all of them; what is quoted is the ratio to the group's first candidate in the same round: median, and
+the range of the middle half of the rounds. On one thread the clock is the process's CPU time, which other programs disturb
+least; on several it is wall time. Beside a ratio stand the project's target, the largest it accepts, and the error that a
+lens stated (nats). Absolute times are for orientation only. Results are a run folder: `ratios`, and every single time in
+`seconds`.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def bench(
 ) -> BenchResult:
     """Time candidates, interleaved, after one warm-up round; what takes milliseconds gets more rounds than asked for.
 
-    Args: seed: of the order in each round, so that no candidate always follows the same other; report: takes a line as each candidate has warmed up, and one per row at the end.
+    Args: seed: of the order in each round, so that no candidate always follows the same other; report: takes a line as each
+        candidate has warmed up, and one per row at the end.
     Raises: ValueError for fewer than one round.
     """
     if rounds < 1:
