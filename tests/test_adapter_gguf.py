@@ -294,6 +294,15 @@ def test_another_models_file_or_tokenizer_is_refused(
         open_model(path)
 
 
+def test_a_prime_beyond_any_table_is_compared_with_the_table_first(v41: tuple[dict, Tensors], tmp_path: Path) -> None:
+    metadata, tensors = v41
+    primes = [2**56 + 1, *metadata["engram.primes"][1:]]
+    with pytest.raises(
+        AdapterError, match=r"expected a table of \[720575940379\d+, 32\] by the configuration, found \["
+    ):
+        open_model(write(tmp_path / "m.gguf", "deepseek41", metadata | {"engram.primes": primes}, tensors))
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_files_raise_adapter_errors_only(

@@ -72,8 +72,6 @@ def assemble_engram(
         after the last head are padding and are never read.
     Raises: AdapterError when the table or a weight does not fit the hash and the options.
     """
-    with torch.device("meta"):
-        engram = Engram(ngram_hash, options)
     if isinstance(rows, torch.Tensor):
         found_rows, found_width = rows.shape
     else:
@@ -83,6 +81,8 @@ def assemble_engram(
             f"expected a table of [{ngram_hash.rows}, {options.head_width}] by the configuration, "
             f"found [{found_rows}, {found_width}]"
         )
+    with torch.device("meta"):
+        engram = Engram(ngram_hash, options)
     table: Tensor | None = None
     if isinstance(rows, torch.Tensor):
         table = rows.detach()[: ngram_hash.rows]
