@@ -1,5 +1,17 @@
 """`python -m engram_interp`: the command line without an installed script, as torchrun starts it."""
 
+import os
+import sys
+
 from engram_interp.cli import main
 
-main()
+try:
+    main()
+except SystemExit as ended:
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        raise
+    # A rank's work is on disk here. Threads of gloo that wake while the interpreter is taken down abort the process
+    # ("terminate called without an active exception"), for which torchrun would fail the whole run.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
