@@ -10,8 +10,8 @@ try:
 except SystemExit as ended:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         raise
-    # A rank's work is on disk here. Threads of gloo that wake while the interpreter is taken down abort the process
-    # ("terminate called without an active exception"), for which torchrun would fail the whole run.
+    # A rank's work is on disk here. One was seen to abort after it ("terminate called without an active exception", as when
+    # a native thread wakes while the interpreter is taken down), for which torchrun fails the whole run.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(ended.code if isinstance(ended.code, int) else int(ended.code is not None))

@@ -161,9 +161,7 @@ def _cached(context: Context, config: Config, seed: int) -> Callable[[], dict[st
 
         model = enlarged(context, seed)
         ngram_hash = model.engram(model.engram_layers[0]).ngram_hash
-        reads = torch.cat(
-            [ngram_hash.rows_of_slots(ngram_hash.slots(t)).flatten() for t in traffic(model, config, seed)]
-        )
+        reads = torch.cat([ngram_hash.addressed_rows(t).flatten() for t in traffic(model, config, seed)])
         rows = [
             (seed, fraction, hit_rate(reads.numpy(), max(1, int(fraction * ngram_hash.rows))))
             for fraction in config.cache_fractions

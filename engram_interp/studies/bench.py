@@ -96,8 +96,8 @@ def bench(
     clock = time.process_time if threads == 1 else time.perf_counter
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    running = [c for c in candidates if c.run is not None]
-    seconds: dict[str, list[float]] = {c.name: [] for c in running}
+    turns = [c for c in candidates if c.run is not None]
+    seconds: dict[str, list[float]] = {c.name: [] for c in turns}
     errors: dict[str, float] = {}
     head = f"{group}, {threads} thread{'s' * (threads > 1)}"
     order = np.random.default_rng(seed)
@@ -106,8 +106,7 @@ def bench(
         for round_ in range(_MOST * rounds + 1):
             if round_ > rounds and clock() - begun > _SHORT:
                 break
-            for place in order.permutation(len(running)) if round_ else range(len(running)):
-                candidate = running[place]
+            for candidate in turns:
                 start = clock()
                 result = candidate.run()  # type: ignore[misc]
                 took = candidate.times * (clock() - start)
@@ -119,6 +118,7 @@ def bench(
                 report(f"{head}: {candidate.name}, {took:.2f} s to warm up")
                 if isinstance(error, float):
                     errors[candidate.name] = error
+            order.shuffle(turns)
     finally:
         torch.set_num_threads(before)
     found = BenchResult(group, candidates, {name: tuple(v) for name, v in seconds.items()}, errors, threads)
